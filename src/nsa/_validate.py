@@ -75,6 +75,26 @@ def indices(name: str, x: object, q: Tensor, cfg: NSAConfig) -> None:
     _device(name, x, "q", q)
 
 
+def compressor(x: Tensor, cfg: NSAConfig, embedding: object, weights: tuple[object, ...]) -> None:
+    """The embedding and weights of ``compress_blocks``."""
+    dim, length = x.shape[3], cfg.block_length
+    if len(weights) > 2:
+        raise ValueError(f"weights must be (), (w,) or (w1, w2), got {len(weights)} tensors")
+    if not weights:
+        if embedding is not None:
+            shape = list(embedding.shape) if isinstance(embedding, Tensor) else embedding
+            raise ValueError(f"embedding must be None without weights, got a tensor of shape {shape}")
+        return
+    first = tensor("weights[0]", weights[0], ("hidden" if len(weights) == 2 else dim, length * dim))
+    named: list[tuple[str, object, tuple[int | str, ...]]] = [
+        ("embedding", embedding, (length, dim)),
+        ("weights[0]", first, tuple(first.shape)),
+        *(("weights[1]", w, (dim, first.shape[0])) for w in weights[1:]),
+    ]
+    for name, y, shape in named:
+        tensor(name, y, shape, ("x", x))
+
+
 def layout(
     q: Tensor,
     cfg: NSAConfig,
@@ -155,6 +175,7 @@ def _packed(
     cu_seqlens("cu_seqlens", cu_q, q, q.shape[1], "q")
     if cu_k is None:
         cu_k = cu_q
+    int32("cu_seqlens_k", cu_k, ("num_seqs + 1",), q)
     if cu_k.shape != cu_q.shape:
         raise ValueError(f"cu_seqlens_k must have cu_seqlens' shape {list(cu_q.shape)}, got {list(cu_k.shape)}")
     name, rows = min(key_rows.items(), key=lambda item: item[1]) if key_rows else ("the keys", 2**31 - 1)

@@ -166,6 +166,10 @@ class NSACache:
             y = state[name]
             if y.shape[0] != x.shape[0] or y.shape[1] > x.shape[1] or y.shape[2:] != x.shape[2:]:
                 raise ValueError(f"state[{name!r}] must fit into {list(x.shape)}, got {list(y.shape)}")
+        tokens = int(state["lengths"].max())
+        blocks, got = self.cfg.num_compressed_blocks(tokens), state["compressed.k"].shape[1]
+        if got != blocks:
+            raise ValueError(f"state['compressed.k'] must hold {blocks} blocks for {tokens} tokens, got {got}")
         for name, x in mine.items():
             x[:, : state[name].shape[1]] = state[name]
         self._lengths, self._longest = state["lengths"].tolist(), state["longest"].tolist()

@@ -9,7 +9,10 @@ blocks, l, d, s, w the sizes in ``NSAConfig``. Arguments that every step shares:
   ``cu_seqlens``. Compressed tensors hold the ``N`` blocks of each sequence in order, from row 0.
 * ``seqlen_k`` int, int32 ``[B]`` on the tensors' device, or None: how many key tokens count; default the key tensor's length,
   or TQ for a step that has only compressed keys. The queries are the last TQ of these positions. Rows past them are ignored.
-* ``backend`` str or None: ``"reference"`` or None to pick by device. A named backend never falls back.
+* ``backend`` ``"reference"``, ``"triton"`` or None to pick by device: the kernels on a GPU, else the reference. A named backend
+  never falls back.
+
+Under ``torch.autocast`` fp32 arguments are cast to its dtype first.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from nsa import _dispatch, _validate
+from nsa._autocast import autocast
 from nsa.config import NSAConfig
 
 Lengths = int | Tensor | None
@@ -64,6 +68,7 @@ def nsa_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@autocast
 def nsa_attention(
     q: Tensor,
     k_cmp: Tensor,
@@ -115,7 +120,7 @@ def nsa_attention(
         _validate.indices("block_indices", block_indices, q, cfg)
     rows = {"k_slc": k_slc.shape[1], "k_win": k_win.shape[1]}
     info = _validate.layout(q, cfg, cu_seqlens, cu_seqlens_k, seqlen_k, rows, k_cmp.shape[1])
-    impl = _dispatch.choose(backend, q.device, q.dtype)
+    impl = _dispatch.choose(backend, q.device, q.dtype, cfg)
 
     o_cmp, lse = impl.compressed_attention(q, k_cmp, v_cmp, cfg, info)
     if block_indices is None:
@@ -126,6 +131,7 @@ def nsa_attention(
     return (o, block_indices) if return_block_indices else o
 
 
+@autocast
 def compressed_attention(
     q: Tensor,
     k_cmp: Tensor,
@@ -157,9 +163,10 @@ def compressed_attention(
     q = _validate.queries(q, cfg)
     _validate.keys_values("_cmp", k_cmp, v_cmp, q, cfg)
     info = _validate.layout(q, cfg, cu_seqlens, cu_seqlens_k, seqlen_k, {}, k_cmp.shape[1])
-    return _dispatch.choose(backend, q.device, q.dtype).compressed_attention(q, k_cmp, v_cmp, cfg, info)
+    return _dispatch.choose(backend, q.device, q.dtype, cfg).compressed_attention(q, k_cmp, v_cmp, cfg, info)
 
 
+@autocast
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
@@ -192,9 +199,10 @@ def select_blocks(
     _validate.tensor("k_cmp", k_cmp, (q.shape[0], "N", cfg.num_kv_heads, cfg.head_dim), ("q", q))
     _validate.lse(lse, q)
     info = _validate.layout(q, cfg, cu_seqlens, cu_seqlens_k, seqlen_k, {}, k_cmp.shape[1])
-    return _dispatch.choose(backend, q.device, q.dtype).select_blocks(q, k_cmp, lse, cfg, info)
+    return _dispatch.choose(backend, q.device, q.dtype, cfg).select_blocks(q, k_cmp, lse, cfg, info)
 
 
+@autocast
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -229,9 +237,10 @@ def selected_attention(
     _validate.keys_values("", k, v, q, cfg)
     _validate.indices("indices", indices, q, cfg)
     info = _validate.layout(q, cfg, cu_seqlens, cu_seqlens_k, seqlen_k, {"k": k.shape[1]}, None)
-    return _dispatch.choose(backend, q.device, q.dtype).selected_attention(q, k, v, indices, cfg, info)
+    return _dispatch.choose(backend, q.device, q.dtype, cfg).selected_attention(q, k, v, indices, cfg, info)
 
 
+@autocast
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -262,9 +271,10 @@ def window_attention(
     q = _validate.queries(q, cfg)
     _validate.keys_values("", k, v, q, cfg)
     info = _validate.layout(q, cfg, cu_seqlens, cu_seqlens_k, seqlen_k, {"k": k.shape[1]}, None)
-    return _dispatch.choose(backend, q.device, q.dtype).window_attention(q, k, v, cfg, info)
+    return _dispatch.choose(backend, q.device, q.dtype, cfg).window_attention(q, k, v, cfg, info)
 
 
+@autocast
 def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, backend: str | None = None) -> Tensor:
     """``gates[..., 0] * o_cmp + gates[..., 1] * o_slc + gates[..., 2] * o_win``.
 
@@ -288,6 +298,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, backe
     return _dispatch.choose(backend, o_cmp.device, o_cmp.dtype).combine(o_cmp, o_slc, o_win, gates)
 
 
+@autocast
 def compress_blocks(
     x: Tensor,
     cfg: NSAConfig,
@@ -320,7 +331,5 @@ def compress_blocks(
         if x.shape[0] != 1:
             raise ValueError(f"x must have batch size 1 with cu_seqlens, got {x.shape[0]}")
         _validate.cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1], "x")
-    width = cfg.block_length * x.shape[3]
-    for w, fan_in in zip(weights, (width, None)):
-        _validate.tensor("weights", w, ("out", fan_in if fan_in is not None else weights[0].shape[0]))
-    return _dispatch.choose(backend, x.device, x.dtype).compress_blocks(x, cfg, cu_seqlens, embedding, weights)
+    _validate.compressor(x, cfg, embedding, weights)
+    return _dispatch.choose(backend, x.device, x.dtype, cfg).compress_blocks(x, cfg, cu_seqlens, embedding, weights)

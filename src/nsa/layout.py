@@ -53,7 +53,8 @@ class SeqInfo:
                 yield Segment(slice(0, 1), q0, q1 - q0, k0, k1 - k0, cmp_start)
                 cmp_start += cfg.num_compressed_blocks(k1 - k0)
         elif isinstance(self.seqlen_k, int):
-            yield Segment(slice(0, self.batch_size), 0, self.num_queries, 0, self.seqlen_k, 0)
+            if self.batch_size:
+                yield Segment(slice(0, self.batch_size), 0, self.num_queries, 0, self.seqlen_k, 0)
         else:
             assert self.seqlen_k is not None
             for b, k_len in enumerate(self.seqlen_k.tolist()):

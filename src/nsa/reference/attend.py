@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.layout import Segment, SeqInfo
-from nsa.reference.chunks import Chunk, bounded, chunks, over_segments
+from nsa.reference.chunks import Chunk, bounded, chunks, last_first, over_segments
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -72,7 +72,7 @@ def compressed_attention(q: Tensor, k: Tensor, v: Tensor, cfg: NSAConfig, info: 
             return torch.cat([o, lse[..., None]], -1)
 
         run = bounded(one, segment, n, cfg.num_heads)
-        return [run(q[segment.batch, c.rows], ks, vs, c) for c in chunks(segment, n, cfg.num_heads)]
+        return last_first(lambda c: run(q[segment.batch, c.rows], ks, vs, c), chunks(segment, n, cfg.num_heads))
 
     joined = over_segments(info, cfg, q, step, 0.0, (cfg.num_heads, cfg.value_dim + 1))
     o, lse = joined[..., :-1], joined[..., -1].detach()
@@ -113,10 +113,10 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cfg: NS
             return attend(q.to(acc), ks, vs, visible, cfg.softmax_scale)
 
         run = bounded(one, segment, segment.k_len, cfg.num_heads)
-        return [
-            run(q[segment.batch, c.rows], ks, vs, indices[segment.batch, c.rows], c)
-            for c in chunks(segment, segment.k_len, cfg.num_heads)
-        ]
+        return last_first(
+            lambda c: run(q[segment.batch, c.rows], ks, vs, indices[segment.batch, c.rows], c),
+            chunks(segment, segment.k_len, cfg.num_heads),
+        )
 
     return over_segments(info, cfg, q, step, 0.0, (cfg.num_heads, cfg.value_dim)).to(q.dtype)
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from nsa.config import NSAConfig
 from nsa.layout import Segment, SeqInfo
 from nsa.reference.attend import accumulator, grouped_scores
-from nsa.reference.chunks import Chunk, chunks, over_segments
+from nsa.reference.chunks import Chunk, chunks, last_first, over_segments
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def select_blocks(q: Tensor, k: Tensor, lse: Tensor, cfg: NSAConfig, info: SeqIn
             importance = block_importance(qs, ks[:, :seen], lse[segment.batch, chunk.rows], chunk, cfg)
             return top_blocks(importance, chunk.positions(q.device), cfg)
 
-        return [one(c) for c in chunks(segment, max(n, 1), cfg.num_heads)]
+        return last_first(one, chunks(segment, max(n, 1), cfg.num_heads))
 
     width = (cfg.num_kv_heads, cfg.num_selected_blocks)
     return over_segments(info, cfg, q, step, -1, width).to(torch.int32)

@@ -1,0 +1,41 @@
+# Two commands: `make demo` and `make test`. Both make their own environment, .venv, and install into it what constraints.txt pins.
+#
+#   PYTHON    the interpreter that makes the environment, 3.10 or newer
+#   PIP_ARGS  more arguments for pip, such as --extra-index-url of an index with CPU builds of torch
+#   JOBS      processes that run the tests
+#   ARGS      more arguments for `nsa demo` or pytest
+
+PYTHON ?= python3
+PIP_ARGS ?=
+JOBS ?= auto
+ARGS ?=
+VENV := .venv
+STAMP := $(VENV)/installed
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(VENV)/bin/nsa demo $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+# Written last, so that an interrupted installation is begun anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "nsa needs Python 3.10 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
