@@ -1,0 +1,22 @@
+"""The command line: ``nsa`` or ``python -m nsa``. One file a command; each only reads options and prints."""
+
+import typer
+
+from nsa.bench.command import bench
+from nsa.cli.demo import demo
+from nsa.cli.errors import clean_errors
+from nsa.cli.generate import generate
+from nsa.cli.info import info
+from nsa.cli.train import train
+
+app = typer.Typer(
+    help="Native Sparse Attention: train, try, inspect and measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (demo, train, generate, info, bench):
+    app.command()(clean_errors(command))
+
+__all__ = ["app"]
