@@ -1,0 +1,88 @@
+"""Milliseconds and bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nsa.bench.cases import Step
+
+WARM_UP = 25  # ms
+AT_LEAST = 3  # samples, however slow
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median, 20th and 80th percentile in ms over ``samples`` runs."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+
+def time_forward(step: Step, device: torch.device, milliseconds: float) -> Timing:
+    """The forward alone, without a graph."""
+    with torch.no_grad():
+        return time_calls(step.forward, device, milliseconds)
+
+
+def time_backward(step: Step, device: torch.device, milliseconds: float) -> Timing:
+    """The gradients of all inputs from one graph; they are dropped after every run, so none is accumulated."""
+    outputs = step.forward()
+    return time_calls(lambda: step.gradients(outputs, step.grad_outputs, retain_graph=True), device, milliseconds)
+
+
+def time_calls(call: Callable[[], object], device: torch.device, milliseconds: float) -> Timing:
+    """Call again and again for about ``milliseconds``, after a warm-up.
+
+    On a GPU with ``triton.testing.do_bench``, which times with events and clears the L2 cache before every run; elsewhere by
+    the clock on the wall.
+    """
+    call()  # compiles
+    times = _on_gpu(call, milliseconds) if device.type == "cuda" else _on_host(call, milliseconds)
+    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return Timing(median, low, high, len(times))
+
+
+def _on_gpu(call: Callable[[], object], milliseconds: float) -> list[float]:
+    from triton.testing import do_bench
+
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    rep = max(milliseconds, AT_LEAST * start.elapsed_time(end))
+    times: list[float] = do_bench(call, warmup=WARM_UP, rep=rep, return_mode="all")
+    return times
+
+
+def _on_host(call: Callable[[], object], milliseconds: float) -> list[float]:
+    times: list[float] = []
+    while len(times) < AT_LEAST or sum(times) < milliseconds:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def peak_bytes(step: Step) -> int:
+    """The most GPU memory that forward and backward hold, inputs and gradients counted, whatever else is alive."""
+    own = sum(x.nbytes for x in (*step.inputs.values(), *step.grad_outputs))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step.gradients(step.forward(), step.grad_outputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before + own
+
+
+def poison(device: torch.device, size: int) -> None:
+    """Leave ``size`` bytes of NaN (half of what is free, if less) to the allocator, so that unwritten outputs show."""
+    if device.type == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 2)
+        torch.full((size // 2,), float("nan"), dtype=torch.bfloat16, device=device)
