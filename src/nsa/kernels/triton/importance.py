@@ -1,0 +1,88 @@
+"""How much each selection block matters to a query: equations 8-10 of the paper, fp32 from the product to the sum.
+
+A compressed block covers ``l / d`` strides, so it touches its own selection block and perhaps the next. A program holds the
+compressed blocks of ``BJ`` selection blocks and lets the group's heads pass by; the first of the ``BJ`` is only there for
+what it hands to the second, so that programs need not add to each other's results.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa import tuning
+from nsa.kernels.triton.interval_forward import end_seen
+from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
+from nsa.kernels.triton.tile import LOG2E, backward_lse, descriptor, dot, load_tile, wide
+
+
+@triton.jit
+def importance_kernel(
+    q, k, lse, out, stride_kb, stride_kt, stride_kh, stride_lb, stride_lh, stride_lt,
+    tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, blocks, length, stride, size, scale,
+    G: tl.constexpr, PER: tl.constexpr, COVERS: tl.constexpr, BJ: tl.constexpr, SUB: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    hk = tl.program_id(2)
+    seq, tile = locate(tile0 + tl.program_id(1), tiles, tile_seq, tile_first, PACKED)
+    batch, q_row, q_len, k_row, k_len, offset = span(seq, table, q_len, k_len, offset, TABLE)
+    start = tile * BM
+    first = tl.program_id(0) * (BJ - 1)  # the first selection block that this program writes
+    last = offset + tl.minimum(start + BM, q_len) - 1
+    if (start >= q_len) | (first > last // size):
+        return
+    rows, dims = tl.arange(0, BM), tl.arange(0, BD)
+    seen = end_seen(offset + start + rows, length, stride, k_len)
+    keep = start + rows < q_len
+    lse += batch * stride_lb + (q_row + start + rows) * stride_lt + hk * G * stride_lh
+    k += batch * stride_kb + k_row * stride_kt + hk * stride_kh
+    col = tl.arange(0, BJ * SUB)
+    own = tl.zeros([BM, BJ], tl.float32)
+    following = tl.zeros([BM, BJ], tl.float32)
+    for m0 in tl.static_range(0, PER, SUB):
+        m = m0 + col % SUB  # a block's place among those that start in its selection block
+        i = (first - 1 + col // SUB) * PER + m
+        inside = (m < PER) & (i >= 0) & (i < k_len)
+        keys = tl.where(inside, i, 0)
+        kt = tl.load(
+            k + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0
+        )  # [BJ * SUB, BD]
+        p = tl.zeros([BM, BJ * SUB], tl.float32)
+        for g in tl.range(0, G):
+            qt = load_tile(q, batch, q_row + start, hk * G + g, q_len - start, BM, BD, False)
+            row_lse = backward_lse(tl.load(lse + g * stride_lh, mask=keep, other=float("-inf")))
+            p += tl.exp2(dot(qt, kt.T) * scale - row_lse[:, None])
+        p = tl.where(inside[None, :] & (i[None, :] < seen[:, None]), p, 0.0)
+        p = tl.reshape(p, [BM, BJ, SUB])
+        weight = tl.minimum(PER - m0 - tl.arange(0, SUB), COVERS)[None, None, :]  # strides in the block's own selection block
+        own += tl.sum(p * weight, 2)
+        following += tl.sum(p * (COVERS - weight), 2)
+    j = tl.arange(0, BJ)
+    from_before = tl.gather(following, tl.broadcast_to(tl.maximum(j - 1, 0)[None, :], [BM, BJ]), 1)
+    block = first - 1 + j
+    at = out + ((wide(tl.program_id(1)) * BM + rows)[:, None] * kv_heads + hk) * blocks + block[None, :]
+    tl.store(at, own + from_before, mask=keep[:, None] & ((j >= 1) & (block < blocks))[None, :])
+
+
+def block_importance(
+    q: Tensor, k: Tensor, lse: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile0: int, count: int,
+    length: int, stride: int, size: int, softmax_scale: float,
+) -> None:  # fmt: skip
+    """P of ``count`` tiles of queries from ``tile0`` on into out fp32 ``[count * BM, HK, blocks]``.
+
+    q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``. Blocks past a query's own are left as they are.
+    """
+    kv_heads, dim, blocks = k.shape[2], q.shape[-1], out.shape[-1]
+    tune = tuning.importance(dim, q.dtype, tuning.arch(q.device))
+    per = size // stride
+    sub = min(triton.next_power_of_2(per), tune.block_n // 2)
+    blocks_a_tile = tune.block_n // sub
+    importance_kernel[(triton.cdiv(blocks, blocks_a_tile - 1), count, kv_heads)](
+        descriptor(q, tune.block_m), k, lse, out, *k.stride()[:3], lse.stride(0), lse.stride(2), lse.stride(1),
+        tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
+        kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
+        G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,
+        D=dim, BM=tune.block_m, BD=tuning.padded(dim), PACKED=spans.packed, TABLE=spans.table is not None,
+        num_warps=tune.num_warps, num_stages=tune.num_stages,
+    )  # fmt: skip

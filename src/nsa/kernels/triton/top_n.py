@@ -1,0 +1,146 @@
+"""The ``n`` blocks of every query: the forced ones, then the most important, ties to the lowest.
+
+Importance is never negative, so its bits as an integer rank like its value: at most 31 counts find the n-th highest exactly,
+whatever ``n`` is, and a running count of what lies above it writes the indices in ascending order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa import tuning
+from nsa.kernels.triton.importance import block_importance
+from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
+from nsa.kernels.triton.tile import wide
+
+INFINITY = tl.constexpr(0x7F800000)
+WORKSPACE = 240 << 20  # bytes of importance that are alive at a time
+WIDEST = 16384  # blocks that a program ranks without going back to memory
+
+
+@triton.jit
+def _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ: tl.constexpr):
+    """``[rows, BJ]`` integers that rank the blocks from ``j0``: -1 for none, ``INFINITY`` for forced."""
+    j = j0 + tl.arange(0, BJ)[None, :]
+    candidate = (j <= own[:, None]) & keep[:, None]
+    at = importance + (row[:, None] * kv_heads + hk) * blocks + j
+    value = tl.load(at, mask=candidate & (j < blocks), other=0.0).to(tl.int32, bitcast=True)
+    forced = (j < num_initial) | (j > own[:, None] - num_local)
+    return tl.where(candidate, tl.where(forced, INFINITY, value), -1)
+
+
+@triton.jit
+def top_n_kernel(
+    importance, out, tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, rows_q, kv_heads, blocks,
+    size, n, num_initial, num_local,
+    TILE: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
+    PACKED: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    pid, hk = tl.program_id(0), tl.program_id(1)
+    number = pid // (TILE // BM)
+    seq, tile = locate(tile0 + number, tiles, tile_seq, tile_first, PACKED)
+    batch, q_row, q_len, k_row, k_len, offset = span(seq, table, q_len, k_len, offset, TABLE)
+    within = pid % (TILE // BM) * BM + tl.arange(0, BM)
+    query = tile * TILE + within
+    keep = query < q_len
+    own = (offset + query) // size
+    row = wide(number) * TILE + within
+    end = tl.minimum(tl.max(tl.where(keep, own, -1), 0) + 1, blocks)
+    threshold = tl.zeros([BM], tl.int32)
+    higher = tl.zeros([BM], tl.int32)
+    if WHOLE:
+        rank = _ranks(importance, row, own, keep, 0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+    # A row is settled once exactly n blocks reach its threshold, or because it has no more than n.
+    settled = (own < n) | (query >= q_len)
+    bit = 30
+    while (bit >= 0) & (tl.min(settled.to(tl.int32), 0) == 0):
+        trial = threshold | (1 << bit)
+        reached = tl.zeros([BM], tl.int32)
+        if WHOLE:
+            reached += tl.sum((rank >= trial[:, None]).to(tl.int32), 1)
+        else:
+            for j0 in tl.range(0, end, BJ):
+                ranks = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+                reached += tl.sum((ranks >= trial[:, None]).to(tl.int32), 1)
+        threshold = tl.where((reached >= n) & (own >= n), trial, threshold)
+        settled = settled | (reached == n)
+        bit -= 1
+    if WHOLE:
+        higher += tl.sum((rank > threshold[:, None]).to(tl.int32), 1)
+    else:
+        for j0 in tl.range(0, end, BJ):
+            ranks = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+            higher += tl.sum((ranks > threshold[:, None]).to(tl.int32), 1)
+
+    ties = n - higher  # places left for blocks at the threshold, the lowest first
+    out += ((batch * rows_q + q_row + query) * kv_heads + hk)[:, None] * n
+    written = tl.zeros([BM], tl.int32)
+    tied = tl.zeros([BM], tl.int32)
+    for j0 in tl.range(0, BJ if WHOLE else end, BJ):
+        if not WHOLE:
+            rank = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+        over = (rank > threshold[:, None]).to(tl.int32)
+        level = ((rank == threshold[:, None]) & (rank >= 0)).to(tl.int32)
+        # Both counts in one scan: BJ is at most 2^14, so each fits 16 bits.
+        both = over + level * 65536
+        before = tl.cumsum(both, 1) - both
+        level_before = (before >> 16) + tied[:, None]
+        place = (before & 65535) + written[:, None] + tl.minimum(level_before, ties[:, None])
+        taken = (over > 0) | ((level > 0) & (level_before < ties[:, None]))
+        tl.store(out + place, tl.broadcast_to(j0 + tl.arange(0, BJ)[None, :], [BM, BJ]), mask=taken)
+        counts = tl.sum(both, 1)
+        written += counts & 65535
+        tied += counts >> 16
+    total = written + tl.minimum(tied, ties)
+    place = tl.arange(0, BN)[None, :]
+    empty = (place >= total[:, None]) & (place < n) & keep[:, None]
+    tl.store(out + place, tl.full([BM, BN], -1, tl.int32), mask=empty)
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, lse: Tensor, spans: Spans, length: int, stride: int, size: int, n: int,
+    num_initial: int, num_local: int, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    """q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``: int32 ``[B, TQ, HK, n]``."""
+    batch, rows, _, dim = q.shape
+    kv_heads = k.shape[2]
+    out = torch.full((batch, rows, kv_heads, n), -1, dtype=torch.int32, device=q.device)
+    tile = tuning.importance(dim, q.dtype, tuning.arch(q.device)).block_m
+    tiles = spans.query_tiles(tile)
+    # No sequence has more tokens than these: its compressed blocks, and less than a block behind the last.
+    tokens = spans.q_len + spans.offset if spans.table is None else (k.shape[1] + 1) * stride + length
+    blocks = triton.cdiv(tokens, size)
+    step = max(1, WORKSPACE // (tile * kv_heads * max(blocks, 1) * 4))
+    space = torch.empty(min(step, tiles.count) * tile, kv_heads, blocks, dtype=torch.float32, device=q.device)
+    for tile0 in range(0, tiles.count, step):
+        count = min(step, tiles.count - tile0)
+        block_importance(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale)
+        # The queries of one sequence see no block past their last: the first chunks rank fewer.
+        alone = spans.table is None and spans.num_seqs == 1
+        ranked = min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1) if alone else blocks
+        _top_n(space, out, spans, tiles, tile, tile0, count, ranked, size, n, num_initial, num_local)
+    return out
+
+
+def _top_n(
+    importance: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile: int, tile0: int, count: int, ranked: int,
+    size: int, n: int, num_initial: int, num_local: int,
+) -> None:  # fmt: skip
+    """Rank the first ``ranked`` blocks for ``count`` tiles of ``tile`` queries from ``tile0`` on.
+
+    importance ``[rows, HK, blocks]``, out ``[B, TQ, HK, n]``.
+    """
+    kv_heads, blocks = importance.shape[1:]
+    width = min(WIDEST, triton.next_power_of_2(max(ranked, 16)))
+    # A warp to a row as long as its registers last: counting then needs no exchange between warps.
+    warps = max(1, width // 2048)
+    rows = max(1, min(tile, 256 // width))
+    top_n_kernel[(count * (tile // rows), kv_heads)](
+        importance, out, tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
+        spans.rows_q, kv_heads, blocks, size, n, num_initial, num_local,
+        TILE=tile, BM=rows, BJ=width, BN=triton.next_power_of_2(n), WHOLE=ranked <= width,
+        PACKED=spans.packed, TABLE=spans.table is not None, num_warps=warps,
+    )  # fmt: skip
