@@ -4,6 +4,8 @@
 #   PIP_ARGS  more arguments for pip, such as --extra-index-url of an index with CPU builds of torch
 #   JOBS      processes that run the tests
 #   ARGS      more arguments for `nsa demo` or pytest
+#
+# `make test-gpu` runs the kernels' tests on the GPU of this machine, `make compile` compiles every kernel for every GPU.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -12,13 +14,20 @@ ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-gpu compile lint format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/nsa demo $(ARGS)
 
 test: $(STAMP)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n $(JOBS) tests/kernels
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-gpu: $(STAMP)
+	$(VENV)/bin/python -m pytest -m gpu -n $(JOBS) $(ARGS)
+
+compile: $(STAMP)
+	$(VENV)/bin/python tests/kernels/ahead_of_time.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check

@@ -121,8 +121,11 @@ def random_case(
 ) -> Case:
     """A case drawn by ``seed``; every ``len(kinds)`` seeds in a row visit every kind."""
     rng = random.Random(seed)
-    cfg = random_config(rng, head_dims, value_dims)
-    kind = kinds[seed % len(kinds)]
+    return random_call(rng, seed, random_config(rng, head_dims, value_dims), kinds[seed % len(kinds)], max_len)
+
+
+def random_call(rng: random.Random, seed: int, cfg: NSAConfig, kind: str, max_len: int) -> Case:
+    """Draw the lengths of a call of a given configuration and kind."""
     sequences = rng.randint(1, 4) if kind.startswith("packed") else rng.randint(1, 2)
     lens_k = [_length(rng, cfg, max_len // sequences) for _ in range(sequences)]
     if kind.startswith("packed"):

@@ -30,7 +30,7 @@ LAYERS = [
     {"kernels"},
     {"reference", "_validate", "_autocast"},
     {"layout"},
-    {"config", "rope", "tuning"},
+    {"config", "rope", "tuning", "_autocast"},
 ]
 HEIGHT = {name: -i for i, names in enumerate(LAYERS) for name in names}
 # Who may import what takes long, or is not always there.

@@ -132,6 +132,20 @@ def test_reorder_and_fork(stream: Stream) -> None:
         torch.testing.assert_close(got[b], stream.full(held[b].then(new[b : b + 1]))[0, -4:], **EXACT)
 
 
+def test_the_bound_of_crop_moves_with_the_sequence(stream: Stream) -> None:
+    cache = stream.cache(2, 40, max_crop=4)
+    stream.append(cache, Tokens.draw(2, 20))
+    cache.crop([20, 0])
+    stream.append(cache, Tokens.draw(2, 6))  # 26 and 6 tokens
+    cache.fork(1, 0)
+    cache.crop([2, 6])
+    with pytest.raises(ValueError, match="crop from 6 tokens to 1 needs max_crop >= 5, got 4"):
+        cache.crop([1, 6])
+    cache.reorder([1, 0])
+    assert cache.lengths == (6, 2)
+    cache.crop([2, 2])
+
+
 @pytest.mark.parametrize("index", [[0, 1], [0, 1, 3], [0, 1, -1], []], ids=str)
 def test_reorder_checks_its_index(stream: Stream, index: list[int]) -> None:
     with pytest.raises(ValueError, match="index must hold 3 sequence numbers below 3, got"):

@@ -22,9 +22,18 @@ class Tile:
     num_stages: int
 
 
-def padded(dim: int) -> int:
-    """The power of two, at least 16, that a dimension is held in."""
-    return max(16, 1 << (dim - 1).bit_length())
+def padded(size: int) -> int:
+    """The power of two, at least 16, that rows of a matrix product are held in."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def padded_dim(dim: int) -> int:
+    """The power of two, at least 64, that a head dimension is held in.
+
+    Less than 128 bytes a row make Triton 3.6 load descriptors with a narrower swizzle, and products of 16-bit tiles of 32
+    columns came out wrong on an H100.
+    """
+    return max(64, padded(dim))
 
 
 def arch(device: torch.device) -> int:
@@ -41,7 +50,7 @@ def _hopper(arch: int) -> bool:
 
 
 def interval_forward(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
-    wide = max(padded(dim), padded(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim))
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if wide > 128 else Tile(64, 32, 4, 1)
     if wide > 128:
@@ -53,7 +62,7 @@ def interval_forward(dim: int, value_dim: int, dtype: torch.dtype, windowed: boo
 
 
 def interval_dq(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
-    wide = max(padded(dim), padded(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim))
     if dtype == torch.float32:
         return Tile(32, 16, 4, 1) if wide > 128 else Tile(32, 32, 4, 1)
     if wide > 128:
@@ -66,7 +75,7 @@ def interval_dq(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, ar
 
 def interval_dkv(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
     """``block_m`` queries at a time for ``block_n`` keys."""
-    wide = max(padded(dim), padded(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim))
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1) if wide > 128 else Tile(32, 32, 4, 1)
     if wide > 128:
@@ -93,31 +102,32 @@ def union_queries(group: int, width: int) -> int:
 
 def selected_forward(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """Only warps and stages; the tile is ``union_queries`` queries by a selection block."""
-    wide = max(padded(dim), padded(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim))
     # 15.7 ms (4 stages: 23.5; 8 warps: 35.6)
     return Tile(0, 0, 4, 2 if dtype != torch.float32 and wide <= 128 and _hopper(arch) else 1)
 
 
 def selected_dq(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
-    wide = max(padded(dim), padded(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim))
     # 17.8 ms (3 stages: 26.8)
     return Tile(0, 0, 4, 2 if dtype != torch.float32 and wide <= 128 and _hopper(arch) else 1)
 
 
-def selected_dkv(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
-    """``block_m`` rows, heads of a few queries, at a time."""
-    wide = max(padded(dim), padded(value_dim))
+def selected_dkv(dim: int, value_dim: int, dtype: torch.dtype, group: int, arch: int) -> Tile:
+    """``block_m`` rows, heads of a few queries, at a time; a group of more heads takes all of them."""
+    wide = max(padded_dim(dim), padded_dim(value_dim))
     if dtype == torch.float32 or wide > 128:
         return Tile(16, 0, 4, 1)
     # 13.7 ms (3 stages: 14.9; 64 rows: 17.1). Rows are gathered by an index: three stages would wait for it.
-    return Tile(32, 0, 4, 5 if _hopper(arch) else 1)
+    stages = 5 if group <= 32 else 3 if group <= 64 else 2
+    return Tile(32, 0, 4, stages if _hopper(arch) else 1)
 
 
 def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """``block_m`` queries by ``block_n`` compressed blocks."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if padded(dim) > 128 else Tile(32, 64, 4, 1)
-    if padded(dim) > 128:
+        return Tile(32, 32, 4, 1) if padded_dim(dim) > 128 else Tile(32, 64, 4, 1)
+    if padded_dim(dim) > 128:
         return Tile(64, 64, 4, 2 if _hopper(arch) else 1)
     # 5.7 ms without the top-n (128 queries: 7.0; 64 blocks: 6.1)
     return Tile(64, 128, 4, 3) if _hopper(arch) else Tile(64, 64, 4, 2)

@@ -10,24 +10,11 @@ import nsa
 from nsa.reference.chunks import Chunk
 from nsa.reference.select import block_importance
 from tests import naive
-from tests.cases import KINDS, Case, Inputs, make_inputs, random_case
+from tests.cases import KINDS, make_inputs, random_case
+from tests.steps import gradients, steps
 from tests.tolerance import assert_within_2x
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def steps(case: Case, x: Inputs, indices: Tensor) -> naive.Steps:
-    cfg, lengths = case.cfg, case.lengths()
-    o_cmp, lse = nsa.compressed_attention(x.q, x.k_cmp, x.v_cmp, cfg, **lengths)
-    o_slc = nsa.selected_attention(x.q, x.k_slc, x.v_slc, indices, cfg, **lengths)
-    o_win = nsa.window_attention(x.q, x.k_win, x.v_win, cfg, **lengths)
-    o = nsa.nsa_attention(*x.tensors(), cfg, block_indices=indices, **lengths)
-    return naive.Steps(o_cmp, lse, o_slc, o_win, o)
-
-
-def gradients(x: Inputs, o: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    grads = torch.autograd.grad(o, x.tensors(), grad.to(o.dtype), allow_unused=True)
-    return {f"d{name}": torch.zeros_like(y) if g is None else g for (name, y), g in zip(x.items(), grads)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

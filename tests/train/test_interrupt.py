@@ -52,6 +52,15 @@ def test_a_signal_saves_and_says_how_to_go_on(number, text_folder, corpus, tmp_p
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == list(range(1, steps + 3))
 
 
+@pytest.fixture
+def _interruptible():
+    """A job in the background starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_the_second_signal_does_what_it_would_do_without_us():
     def two_signals():
         with stop_on_signals() as stop:

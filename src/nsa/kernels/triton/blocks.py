@@ -50,7 +50,7 @@ def block_rows(tokens: int, cu_seqlens: Tensor | None, length: int, stride: int)
     return BlockRows(len(rows), start.int(), low, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "length", "stride"])
 def blocks_kernel(
     x, out, start, stride_xb, stride_xt, stride_xh, rows, heads, length, stride,
     D: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, MEAN: tl.constexpr, PACKED: tl.constexpr,
@@ -74,7 +74,7 @@ def blocks_kernel(
         tl.store(at, tile, mask=(token < length)[:, None] & (dims < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "heads", "length", "stride"])
 def blocks_backward_kernel(
     dout, dx, low, high, tokens, rows, heads, length, stride,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, COVERS: tl.constexpr, MEAN: tl.constexpr, PACKED: tl.constexpr,
@@ -119,7 +119,7 @@ def blocks(x: Tensor, cu_seqlens: Tensor | None, length: int, stride: int, mean:
     if out.numel():
         blocks_kernel[(where.rows, heads, batch)](
             x, out, where.start, *x.stride()[:3], where.rows, heads, length, stride,
-            D=dim, BL=triton.next_power_of_2(length), BD=tuning.padded(dim), MEAN=mean, PACKED=cu_seqlens is not None,
+            D=dim, BL=triton.next_power_of_2(length), BD=tuning.padded_dim(dim), MEAN=mean, PACKED=cu_seqlens is not None,
             num_warps=4,
         )  # fmt: skip
     return out
@@ -134,7 +134,7 @@ def blocks_backward(dout: Tensor, cu_seqlens: Tensor | None, tokens: int, length
     if dx.numel():
         blocks_backward_kernel[(triton.cdiv(tokens, TOKENS), heads, batch)](
             dout, dx, where.low, where.high, tokens, where.rows, heads, length, stride,
-            D=dim, BM=TOKENS, BD=tuning.padded(dim), COVERS=length // stride, MEAN=mean, PACKED=cu_seqlens is not None,
+            D=dim, BM=TOKENS, BD=tuning.padded_dim(dim), COVERS=length // stride, MEAN=mean, PACKED=cu_seqlens is not None,
             start=where.start, num_warps=4,
         )  # fmt: skip
     return dx

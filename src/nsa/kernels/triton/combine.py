@@ -19,7 +19,7 @@ def _row_tile(rows, DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr):
     return row, row[:, None] * DV + dims[None, :], row < rows, (row < rows)[:, None] & (dims < DV)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def combine_kernel(a, b, c, gates, o, rows, DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr):
     row, at, keep, inside = _row_tile(rows, DV, BM, BDV)
     total = tl.zeros([BM, BDV], tl.float32)
@@ -30,7 +30,7 @@ def combine_kernel(a, b, c, gates, o, rows, DV: tl.constexpr, BM: tl.constexpr, 
     tl.store(o + at, total.to(o.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def combine_backward_kernel(
     a, b, c, gates, do, da, db, dc, dgates, rows, DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr
 ):
@@ -52,7 +52,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
     rows = o.numel() // dim
     if rows:
         combine_kernel[(triton.cdiv(rows, ROWS),)](
-            o_cmp, o_slc, o_win, gates, o, rows, DV=dim, BM=ROWS, BDV=tuning.padded(dim), num_warps=4
+            o_cmp, o_slc, o_win, gates, o, rows, DV=dim, BM=ROWS, BDV=tuning.padded_dim(dim), num_warps=4
         )
     return o
 
@@ -67,6 +67,6 @@ def combine_backward(
     rows = do.numel() // dim
     if rows:
         combine_backward_kernel[(triton.cdiv(rows, ROWS),)](
-            o_cmp, o_slc, o_win, gates, do, *grads, dgates, rows, DV=dim, BM=ROWS, BDV=tuning.padded(dim), num_warps=4
+            o_cmp, o_slc, o_win, gates, do, *grads, dgates, rows, DV=dim, BM=ROWS, BDV=tuning.padded_dim(dim), num_warps=4
         )
     return *grads, dgates

@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa import tuning
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads"])
 def delta_kernel(
     o, do, delta, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, rows, heads,
     DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr,
@@ -36,6 +36,6 @@ def row_delta(o: Tensor, do: Tensor) -> Tensor:
     block = 32
     delta_kernel[(batch * triton.cdiv(rows, block) * heads,)](
         o, do, delta, *o.stride()[:3], *do.stride()[:3], rows, heads,
-        DV=dim, BM=block, BDV=tuning.padded(dim), num_warps=4,
+        DV=dim, BM=block, BDV=tuning.padded_dim(dim), num_warps=4,
     )  # fmt: skip
     return delta

@@ -17,7 +17,21 @@ from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import LOG2E, backward_lse, descriptor, dot, load_tile, wide
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tiles",
+        "q_len",
+        "k_len",
+        "offset",
+        "tile0",
+        "kv_heads",
+        "length",
+        "stride",
+        "size",
+        "stride_lb",
+        "stride_lh",
+    ]
+)
 def importance_kernel(
     q, k, lse, out, stride_kb, stride_kt, stride_kh, stride_lb, stride_lh, stride_lt,
     tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, blocks, length, stride, size, scale,
@@ -83,6 +97,6 @@ def block_importance(
         tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
         G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,
-        D=dim, BM=tune.block_m, BD=tuning.padded(dim), PACKED=spans.packed, TABLE=spans.table is not None,
+        D=dim, BM=tune.block_m, BD=tuning.padded_dim(dim), PACKED=spans.packed, TABLE=spans.table is not None,
         num_warps=tune.num_warps, num_stages=tune.num_stages,
     )  # fmt: skip

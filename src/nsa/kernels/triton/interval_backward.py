@@ -39,7 +39,21 @@ def _query_range(
     return acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tiles",
+        "q_len",
+        "k_len",
+        "offset",
+        "heads",
+        "group",
+        "length",
+        "stride",
+        "window",
+        "stride_lb",
+        "stride_lh",
+    ]
+)
 def interval_dq_kernel(
     q, k, v, do, lse, delta, dq, stride_lb, stride_lh, stride_db, stride_dt, stride_dh,
     tiles, tile_seq, tile_first, table, q_len, k_len, offset, heads, group, length, stride, window, scale, softmax_scale,
@@ -103,7 +117,22 @@ def _key_range(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tiles",
+        "q_len",
+        "k_len",
+        "offset",
+        "kv_heads",
+        "group",
+        "share",
+        "length",
+        "stride",
+        "window",
+        "stride_lb",
+        "stride_lh",
+    ]
+)
 def interval_dkv_kernel(
     q, k, v, do, lse, delta, dk, dv,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -178,7 +207,7 @@ def interval_backward(
     """
     kind, hardware = window > 0, tuning.arch(q.device)
     shared = {
-        "D": q.shape[-1], "BD": tuning.padded(q.shape[-1]), "BDV": tuning.padded(v.shape[-1]),
+        "D": q.shape[-1], "BD": tuning.padded_dim(q.shape[-1]), "BDV": tuning.padded_dim(v.shape[-1]),
         "WINDOWED": kind, "PACKED": spans.packed, "TABLE": spans.table is not None,
     }  # fmt: skip
     heads, kv_heads = q.shape[2], k.shape[2]

@@ -66,7 +66,21 @@ def _range(
     return m, l, acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tiles",
+        "q_len",
+        "k_len",
+        "offset",
+        "heads",
+        "group",
+        "length",
+        "stride",
+        "window",
+        "stride_lb",
+        "stride_lh",
+    ]
+)
 def interval_forward_kernel(
     q, k, v, o, lse, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     tiles, tile_seq, tile_first, table, q_len, k_len, offset, heads, group, length, stride, window, scale,
@@ -129,7 +143,7 @@ def interval_forward(
         *q.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
         tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         heads, heads // k.shape[2], length, stride, window, softmax_scale * LOG2E.value,
-        D=dim, DV=value_dim, BM=tune.block_m, BN=tune.block_n, BD=tuning.padded(dim), BDV=tuning.padded(value_dim),
+        D=dim, DV=value_dim, BM=tune.block_m, BN=tune.block_n, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim),
         WINDOWED=window > 0, PACKED=spans.packed, TABLE=spans.table is not None,
         num_warps=tune.num_warps, num_stages=tune.num_stages,
     )  # fmt: skip

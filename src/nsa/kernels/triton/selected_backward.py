@@ -45,7 +45,7 @@ def _query_blocks(
     return before, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "offset", "kv_heads", "stride_lb", "stride_lh"])
 def selected_dq_kernel(
     q, k, v, do, lse, delta, dq, blocks, masks, counts,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lh, stride_db, stride_dt, stride_dh,
@@ -90,7 +90,20 @@ def selected_dq_kernel(
     tl.store(ptrs, (acc * softmax_scale).to(dq.dtype.element_ty), mask=keep[:, None] & (dims < D)[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "k_len",
+        "offset",
+        "rows_q",
+        "groups",
+        "num_blocks",
+        "per_seq",
+        "kv_heads",
+        "stride_lb",
+        "stride_lh",
+    ]
+)
 def selected_dkv_kernel(
     q, k, v, do, lse, delta, dk, dv, rows, item_group, item_start, item_stop, block_seq, block_base,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -149,7 +162,7 @@ def selected_dkv_kernel(
     tl.store(dv + place * DV + value_dims[None, :], dvt, mask=stored & (value_dims < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "k_len", "offset", "rows_k", "num_blocks", "per_seq", "kv_heads"])
 def reduce_kernel(
     parts, out, item_first, block_seq, block_base, table, q_len, k_len, offset, rows_k, num_blocks, per_seq, kv_heads,
     SIZE: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
@@ -186,7 +199,7 @@ def selected_backward(
     hardware = tuning.arch(q.device)
     shared = {
         "G": group, "SIZE": size, "BS": tuning.padded(size), "D": q.shape[-1], "DV": v.shape[-1],
-        "BD": tuning.padded(q.shape[-1]), "BDV": tuning.padded(v.shape[-1]),
+        "BD": tuning.padded_dim(q.shape[-1]), "BDV": tuning.padded_dim(v.shape[-1]),
         "PACKED": spans.packed, "TABLE": spans.table is not None,
     }  # fmt: skip
     scale = softmax_scale * LOG2E.value
@@ -222,7 +235,7 @@ def _keys_values(
     items, size, kv_heads = inverse.group.numel(), shared["SIZE"], k.shape[2]
     dk_parts, dv_parts = (torch.empty(items, size, x.shape[-1], dtype=torch.float32, device=x.device) for x in (k, v))
     lengths = (spans.table, spans.q_len, spans.k_len, spans.offset)
-    tune = tuning.selected_dkv(q.shape[-1], v.shape[-1], q.dtype, tuning.arch(q.device))
+    tune = tuning.selected_dkv(q.shape[-1], v.shape[-1], q.dtype, shared["G"], tuning.arch(q.device))
     queries = max(1, tune.block_m // shared["G"])
     selected_dkv_kernel[(items,)](
         q, k, v, do, lse, delta, dk_parts, dv_parts,
@@ -236,6 +249,6 @@ def _keys_values(
         reduce_kernel[(inverse.groups,)](
             parts, out, inverse.first, inverse.seq, inverse.base, *lengths, k.shape[1],
             inverse.num_blocks, inverse.per_seq, kv_heads,
-            SIZE=size, D=out.shape[-1], BS=shared["BS"], BD=tuning.padded(out.shape[-1]),
+            SIZE=size, D=out.shape[-1], BS=shared["BS"], BD=tuning.padded_dim(out.shape[-1]),
             PACKED=spans.packed, TABLE=spans.table is not None, num_warps=4,
         )  # fmt: skip

@@ -47,7 +47,7 @@ def _blocks(
     return before, m, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "offset", "kv_heads", "stride_lb", "stride_lh"])
 def selected_forward_kernel(
     q, k, v, o, lse, blocks, masks, counts,
     stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
@@ -116,7 +116,8 @@ def selected_forward(
         lists.tiles.per_seq, lists.tiles.seq, lists.tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, softmax_scale * LOG2E.value,
         R=lists.queries, G=group, SIZE=size, LENGTH=lists.blocks.shape[2], D=dim, DV=value_dim,
-        BM=tuning.padded(lists.queries * group), BS=tuning.padded(size), BD=tuning.padded(dim), BDV=tuning.padded(value_dim),
+        BM=tuning.padded(lists.queries * group), BS=tuning.padded(size),
+        BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim),
         PACKED=spans.packed, TABLE=spans.table is not None, num_warps=tune.num_warps, num_stages=tune.num_stages,
     )  # fmt: skip
     return o, lse

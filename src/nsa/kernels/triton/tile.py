@@ -1,4 +1,8 @@
-"""Loads and stores of tiles, and the running softmax: what every attention kernel is made of."""
+"""Loads and stores of tiles, and the running softmax: what every attention kernel is made of.
+
+Kernels do not specialise on lengths, counts of heads or block sizes: a sequence that grows must not compile anew. Strides are
+specialised on, since the alignment of loads follows from them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa.tuning import padded
+from nsa.tuning import padded_dim
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -27,7 +31,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     if x.numel() == 0:  # nobody reads it, but it must not be empty
         x = x.new_zeros(1, 1, 1, x.shape[-1])
     strides = [stride if size > 1 else 8 * x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride())]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, padded(x.shape[-1])])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, padded_dim(x.shape[-1])])
 
 
 @triton.jit

@@ -32,7 +32,21 @@ def _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, nu
     return tl.where(candidate, tl.where(forced, INFINITY, value), -1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tiles",
+        "q_len",
+        "k_len",
+        "offset",
+        "tile0",
+        "rows_q",
+        "kv_heads",
+        "size",
+        "n",
+        "num_initial",
+        "num_local",
+    ]
+)
 def top_n_kernel(
     importance, out, tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, rows_q, kv_heads, blocks,
     size, n, num_initial, num_local,
@@ -112,7 +126,7 @@ def select_blocks(
     tiles = spans.query_tiles(tile)
     # No sequence has more tokens than these: its compressed blocks, and less than a block behind the last.
     tokens = spans.q_len + spans.offset if spans.table is None else (k.shape[1] + 1) * stride + length
-    blocks = triton.cdiv(tokens, size)
+    blocks = triton.cdiv(triton.cdiv(tokens, size), 16) * 16  # rows of the workspace stay aligned
     step = max(1, WORKSPACE // (tile * kv_heads * max(blocks, 1) * 4))
     space = torch.empty(min(step, tiles.count) * tile, kv_heads, blocks, dtype=torch.float32, device=q.device)
     for tile0 in range(0, tiles.count, step):

@@ -43,7 +43,7 @@ def _own_blocks(indices, row, pos, keep, slot, hk, kv_heads, size, WIDTH: tl.con
     return tl.where((block >= 0) & (block <= pos // size), block, NOTHING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "offset", "rows_q", "kv_heads", "size"])
 def union_kernel(
     indices, blocks, masks, counts, tiles, tile_seq, tile_first, table, q_len, k_len, offset, rows_q, kv_heads, size,
     R: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
@@ -115,7 +115,7 @@ class InverseLists:
     base: Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "offset", "rows_q", "kv_heads", "size", "per_seq", "num_blocks"])
 def group_kernel(
     indices, groups, tiles, tile_seq, tile_first, table, base, q_len, k_len, offset, rows_q, kv_heads, size,
     per_seq, num_blocks,

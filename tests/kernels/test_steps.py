@@ -1,0 +1,137 @@
+"""Every output and every gradient of the kernels, against the reference in fp64 on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import nsa
+from nsa.reference.chunks import Chunk
+from nsa.reference.select import block_importance
+from tests import naive
+from tests.cases import Case, Inputs
+from tests.kernels.draws import drawn_case, guarded_inputs
+from tests.steps import gradients, steps
+from tests.tolerance import assert_within_2x
+
+
+@pytest.fixture
+def _poisoned() -> Iterator[None]:
+    """In deterministic mode PyTorch fills what ``torch.empty`` returns with NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+def test_every_output_and_gradient(device: str, draw: int) -> None:
+    case, dtype = drawn_case(draw, device)
+    low = guarded_inputs(case, dtype, device)
+    exact, plain = low.to(torch.float64), low.to(dtype)
+    indices = nsa.nsa_attention(*low.tensors(), case.cfg, **case.lengths(device), return_block_indices=True, backend="triton")[
+        1
+    ]
+    check_selection(case, exact, indices)
+    got, ref, base = steps(case, low, indices, "triton"), steps(case, exact, indices), naive.nsa_steps(case, plain, indices)
+    for name in ("o_cmp", "lse", "o_slc", "o_win", "o"):
+        y = getattr(got, name)
+        assert y.dtype == (torch.float32 if name == "lse" else dtype)
+        assert_within_2x(f"{name} of {case}", y, getattr(ref, name), getattr(base, name), dtype)
+    assert not got.lse.requires_grad
+    grad = torch.randn(ref.o.shape, generator=torch.Generator().manual_seed(draw), dtype=torch.float64).to(device, dtype)
+    mine, want, other = gradients(low, got.o, grad), gradients(exact, ref.o, grad), gradients(plain, base.o, grad)
+    again = gradients(low, got.o, grad) if device == "cuda" else mine
+    for name, g in mine.items():
+        assert g.dtype == dtype
+        assert_within_2x(f"{name} of {case}", g, want[name], other[name], dtype)
+        assert torch.equal(g, again[name]), f"{name} of {case} is not the same on a second run"
+
+
+def check_selection(case: Case, x: Inputs, indices: Tensor) -> None:
+    """Right by score: forced blocks all in, none better left out by more than rounding, ascending, -1 behind."""
+    cfg = case.cfg
+    size, n = cfg.selection_block_size, cfg.num_selected_blocks
+    for (b, rows), (_, k_rows), (_, c_rows) in case.places():
+        queries, tokens = rows.stop - rows.start, k_rows.stop - k_rows.start
+        if queries == 0:
+            continue
+        q, k = x.q[b : b + 1, rows].detach(), x.k_cmp[b : b + 1, c_rows].detach()
+        lse = nsa.compressed_attention(q, k, x.v_cmp[b : b + 1, c_rows].detach(), cfg, seqlen_k=tokens, backend="reference")[1]
+        importance = block_importance(q, k, lse, Chunk(slice(0, queries), tokens - queries, tokens), cfg)[0].transpose(0, 1)
+        block = torch.arange(importance.shape[-1], device=q.device)
+        own = (torch.arange(tokens - queries, tokens, device=q.device) // size)[:, None, None]
+        forced = ((block < cfg.num_initial_blocks) | (block > own - cfg.num_local_blocks)) & (block <= own)
+        score = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -1)
+        chosen = indices[b, rows]
+        held = chosen >= 0
+        assert torch.equal(held.sum(-1), (own[..., 0] + 1).clamp_max(n).expand(-1, cfg.num_kv_heads)), "wrong number of blocks"
+        assert (held[..., :-1] | ~held[..., 1:]).all(), "-1 before a block"
+        assert ((chosen[..., 1:] > chosen[..., :-1]) | ~held[..., 1:]).all(), "not ascending"
+        mask = torch.zeros(*chosen.shape[:2], importance.shape[-1] + 1, dtype=torch.bool, device=q.device)
+        mask = mask.scatter(-1, torch.where(held, chosen, importance.shape[-1]).long(), True)[..., :-1]
+        worst_in = score.masked_fill(~mask, torch.inf).amin(-1)
+        best_out = score.masked_fill(mask, -1).amax(-1)
+        assert (worst_in >= best_out * (1 - 2e-5)).all(), f"a better block was left out in {case}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_where_a_query_sees_one_key(device: str, dtype: torch.dtype) -> None:
+    """Its softmax is 1 whatever the score: q and k get no gradient but rounding, measured on what cancels, and v gets all."""
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=6, num_kv_heads=2, block_length=8, block_stride=4, selection_block_size=8, window_size=1
+    )
+    rng = torch.Generator().manual_seed(0)
+    make = lambda heads: torch.randn(1, 11, heads, 16, generator=rng).to(device, dtype).requires_grad_()
+    q, k, v = make(6), make(2), make(2)
+    o = nsa.window_attention(q, k, v, cfg, backend="triton")
+    grad = torch.randn(o.shape, generator=rng).to(device, dtype)
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), grad)
+    assert (o - v.repeat_interleave(3, 2)).abs().max() <= (1e-6 if dtype == torch.float32 else 0) * float(v.abs().max())
+    size = float((grad.double().abs() * o.double().abs()).sum(-1).max())
+    assert dq.abs().max() <= 1e-6 * size * float(k.abs().max())
+    assert dk.abs().max() <= 1e-6 * size * float(q.abs().max()) * 3
+    want = grad.double().unflatten(2, (2, 3)).sum(3)
+    assert (dv.double() - want).norm() <= (2e-5 if dtype == torch.float32 else 1e-3) * want.norm()
+
+
+@pytest.mark.parametrize("layout", ["batched", "packed"])
+def test_ties_go_to_the_lowest_block(device: str, layout: str) -> None:
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=6, num_kv_heads=2, block_length=8, block_stride=4, selection_block_size=8,
+        num_selected_blocks=5, num_initial_blocks=1, num_local_blocks=1,
+    )  # fmt: skip
+    tokens = 90
+    q = torch.zeros(1, tokens, 6, 16, device=device)
+    k = torch.randn(1, cfg.num_compressed_blocks(tokens), 2, 16, device=device)
+    told = {} if layout == "batched" else {"cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32, device=device)}
+    lse = nsa.compressed_attention(q, k, k, cfg, **told, backend="triton")[1]
+    got = nsa.select_blocks(q, k, lse, cfg, **told, backend="triton")
+    last = (tokens - 1) // 8
+    # q = 0: block 0 and its last neighbour count fewer strides, all others tie exactly.
+    assert got[0, -1].tolist() == [[0, 1, 2, 3, last]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_callers_sets_of_blocks(device: str, dtype: torch.dtype) -> None:
+    """Any order, any width, duplicates once; negatives and the future count for nothing."""
+    rng = torch.Generator().manual_seed(0)
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=6, num_kv_heads=2, block_length=8, block_stride=4, selection_block_size=8, num_selected_blocks=4
+    )
+    make = lambda heads: torch.randn(2, 70, heads, 16, generator=rng).to(device, dtype).requires_grad_()
+    q, k, v = make(6), make(2), make(2)
+    for width in (1, 3, 13):
+        indices = torch.randint(-3, 12, (2, 70, 2, width), generator=rng, dtype=torch.int32).to(device)
+        got = nsa.selected_attention(q, k, v, indices, cfg, backend="triton")
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        want = nsa.selected_attention(*exact, indices, cfg, backend="reference")
+        grad = torch.randn(got.shape, generator=rng).to(device, dtype)
+        mine = torch.autograd.grad(got, (q, k, v), grad)
+        theirs = torch.autograd.grad(want, exact, grad.double())
+        for y, z in zip((got, *mine), (want, *theirs)):
+            assert (y.double() - z).norm() <= (2e-5 if dtype == torch.float32 else 5e-3) * z.norm()
