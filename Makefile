@@ -20,11 +20,11 @@ demo: $(STAMP)
 	$(VENV)/bin/nsa demo $(ARGS)
 
 test: $(STAMP)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n $(JOBS) tests/kernels
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n $(JOBS) --dist loadgroup tests/kernels
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(STAMP)
-	$(VENV)/bin/python -m pytest -m gpu -n $(JOBS) $(ARGS)
+	$(VENV)/bin/python -m pytest -m gpu -n $(JOBS) --dist loadgroup $(ARGS)
 
 compile: $(STAMP)
 	$(VENV)/bin/python tests/kernels/ahead_of_time.py
