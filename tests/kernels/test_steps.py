@@ -114,6 +114,7 @@ def test_ties_go_to_the_lowest_block(device: str, layout: str) -> None:
     last = (tokens - 1) // 8
     # q = 0: block 0 and its last neighbour count fewer strides, all others tie exactly.
     assert got[0, -1].tolist() == [[0, 1, 2, 3, last]] * 2
+    assert torch.equal(got, nsa.select_blocks(q, k, lse, cfg, **told, backend="reference"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
