@@ -54,7 +54,7 @@ def _range(
     MASK: tl.constexpr, WINDOWED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Keys ``n0 .. n1`` into the running softmax; with ``MASK`` each row only its own ``lo .. hi``."""
-    # The ragged end of the compressed branch is a tile or two: a pipeline would cost more than it hides.
+    # The ragged end of the compressed branch is a tile or two: a pipeline there gained nothing.
     for n in tl.range(n0, n1, BN, num_stages=1 if MASK and not WINDOWED else None):
         kt = load_tile(k, batch, k_row + n, hk, k_len - n, BN, BD, False)
         s = dot(qt, kt.T)  # [BM, BN]
