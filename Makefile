@@ -5,7 +5,8 @@
 #   JOBS      processes that run the tests
 #   ARGS      more arguments for `nsa demo` or pytest
 #
-# `make test-gpu` runs the kernels' tests on the GPU of this machine, `make compile` compiles every kernel for every GPU.
+# `make test-gpu` runs the kernels' tests on the GPU of this machine, `make sanitize` its memory and race checkers, `make compile`
+# compiles every kernel for every GPU.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -14,7 +15,9 @@ ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-gpu compile lint format clean
+SANITIZER := compute-sanitizer --error-exitcode 1
+
+.PHONY: demo test test-gpu sanitize compile lint format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/nsa demo $(ARGS)
@@ -25,6 +28,12 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(VENV)/bin/python -m pytest -m gpu -n $(JOBS) --dist loadgroup $(ARGS)
+
+sanitize: $(STAMP)
+	$(VENV)/bin/python tests/kernels/sanitize.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck $(VENV)/bin/python tests/kernels/sanitize.py
+	$(SANITIZER) --tool racecheck $(VENV)/bin/python tests/kernels/sanitize.py
+	! PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) $(VENV)/bin/python tests/kernels/sanitize.py --plant
 
 compile: $(STAMP)
 	$(VENV)/bin/python tests/kernels/ahead_of_time.py

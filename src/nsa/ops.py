@@ -56,7 +56,7 @@ def interval(
     length: int, stride: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, TQ, HQ, DV]`` and lse fp32 ``[B, HQ, TQ]``."""
-    from nsa.kernels.triton.interval_forward import interval_forward
+    from nsa.kernels.launch import interval_forward
     from nsa.kernels.triton.sequence import spans
 
     with _on(q):
@@ -178,7 +178,7 @@ def selected(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, TQ, HQ, DV]`` and lse fp32 ``[B, HQ, TQ]``."""
     from nsa import tuning
-    from nsa.kernels.triton.selected_forward import selected_forward
+    from nsa.kernels.launch import selected_forward
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.union import union_lists
 

@@ -131,3 +131,32 @@ def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
         return Tile(64, 64, 4, 2 if _hopper(arch) else 1)
     # 5.7 ms without the top-n (128 queries: 7.0; 64 blocks: 6.1)
     return Tile(64, 128, 4, 3) if _hopper(arch) else Tile(64, 64, 4, 2)
+
+
+# Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.
+HOPPER_SELECTED_STAGES = 3  # 14.6 ms random, 10.0 trained-like (2 stages: 14.5, 10.1; the portable kernel: 16.1, 11.1)
+HOPPER_IMPORTANCE_KEYS = 128  # compressed blocks of a tile
+HOPPER_IMPORTANCE_QUERIES = 128
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """A tile of 128 rows, queries by ``heads`` that lie side by side, and ``block_n`` keys in ``num_stages``."""
+
+    heads: int
+    block_n: int
+    num_stages: int
+
+
+def hopper_interval_forward(windowed: bool, group: int) -> HopperTile:
+    heads = 1
+    while heads < 16 and group % (2 * heads) == 0:
+        heads *= 2
+    # compressed 7.2 ms (heads apart 7.3; 64 keys 8.2; the portable kernel 9.1)
+    # window 2.7 ms (128 keys 2.8; heads apart 3.1; the portable kernel 3.5)
+    return HopperTile(heads, 64, 4) if windowed else HopperTile(heads, 128, 2)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of ``device``; a compilation without one counts on an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -52,6 +52,8 @@ GPU_SHAPES = (
     Shape("bfloat16", 32, 32, 2, 4, 16, 8, 32, 8),
     Shape("float16", 256, 128, 1, 1, 64, 16, 64, 4),
     Shape("float16", 128, 128, 1, 7, 48, 16, 96, 12),
+    Shape("bfloat16", 64, 64, 2, 6, 8, 4, 64, 9),
+    Shape("float16", 128, 128, 1, 12, 32, 32, 64, 8),
     Shape("float32", 64, 64, 2, 4, 16, 8, 32, 6),
     Shape("float32", 128, 128, 1, 3, 32, 16, 64, 4),
     Shape("float32", 40, 24, 3, 1, 4, 4, 16, 9),
@@ -67,6 +69,11 @@ INTERPRETER_SHAPES = (
 
 def shapes(device: str) -> tuple[Shape, ...]:
     return GPU_SHAPES if device == "cuda" else INTERPRETER_SHAPES
+
+
+def portable(draw: int, device: str) -> bool:
+    """Whether case ``draw`` does without the kernels that only one kind of GPU runs: every other round of the list."""
+    return draw // (len(shapes(device)) * len(KINDS)) % 2 == 1
 
 
 def drawn_case(draw: int, device: str) -> tuple[Case, torch.dtype]:

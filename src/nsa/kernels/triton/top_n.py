@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa import tuning
-from nsa.kernels.triton.importance import block_importance
+from nsa.kernels import launch
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import wide
 
@@ -119,10 +118,11 @@ def select_blocks(
     num_initial: int, num_local: int, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     """q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``: int32 ``[B, TQ, HK, n]``."""
-    batch, rows, _, dim = q.shape
+    batch, rows = q.shape[:2]
     kv_heads = k.shape[2]
     out = torch.full((batch, rows, kv_heads, n), -1, dtype=torch.int32, device=q.device)
-    tile = tuning.importance(dim, q.dtype, tuning.arch(q.device)).block_m
+    importance = launch.importance(q, stride, size)
+    tile = importance.queries
     tiles = spans.query_tiles(tile)
     # No sequence has more tokens than these: its compressed blocks, and less than a block behind the last.
     tokens = spans.q_len + spans.offset if spans.table is None else (k.shape[1] + 1) * stride + length
@@ -131,7 +131,7 @@ def select_blocks(
     space = torch.empty(min(step, tiles.count) * tile, kv_heads, blocks, dtype=torch.float32, device=q.device)
     for tile0 in range(0, tiles.count, step):
         count = min(step, tiles.count - tile0)
-        block_importance(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale)
+        importance.score(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale)
         # The queries of one sequence see no block past their last: the first chunks rank fewer.
         alone = spans.table is None and spans.num_seqs == 1
         ranked = min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1) if alone else blocks

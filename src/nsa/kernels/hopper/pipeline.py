@@ -1,0 +1,78 @@
+"""What the warp-specialised kernels share: barriers in a ring, and names that Triton's versions spell differently."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa.kernels.triton import interval_forward, sequence, tile
+
+ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+# Triton 3.9 renames all three.
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+# Arithmetic on scalars and rows is the same in both dialects.
+locate, span = gluon.jit(sequence.locate.fn), gluon.jit(sequence.span.fn)
+first_seen, end_seen = gluon.jit(interval_forward.first_seen.fn), gluon.jit(interval_forward.end_seen.fn)
+backward_lse = gluon.jit(tile.backward_lse.fn)
+
+
+LOG2E, LN2, LOWEST = (gl.constexpr(x.value) for x in (tile.LOG2E, tile.LN2, tile.LOWEST))
+
+
+@gluon.jit
+def phase(count, STAGES: gl.constexpr):
+    """Parity that the ``count``-th use of a ring's slot waits for."""
+    return (count // STAGES) & 1
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """``COUNT`` barriers, each complete after ``ARRIVALS``."""
+    ring = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(ring.index(i), count=ARRIVALS)
+    return ring
+
+
+@gluon.jit
+def pinned(x):
+    """16-bit ``x``, which the compiler must have in registers here: nothing that makes it sinks past this point."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def pinned_fp32(x):
+    """The same for fp32, which lies in registers of another kind."""
+    return gl.inline_asm_elementwise("", "=f,0", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
+def blank_past(end, values, full, parity, ROWS: gl.constexpr):
+    """Zero the rows of ``values`` from ``end`` on, once they are there: 0 times the NaN that may follow a sequence is not 0."""
+    if end < ROWS:
+        WIDTH: gl.constexpr = values.shape[1] // 8
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
+        mbarrier.wait(full, parity)
+        x = values.load(LAYOUT)
+        inside = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < end
+        values.store(gl.where(gl.expand_dims(inside, 1), x, gl.zeros_like(x)))
+        fence_async_shared()
+        thread_barrier()
+
+
+def boxes(x: Tensor, rows: int, heads: int = 1) -> TensorDescriptor:
+    """Tiles of ``rows`` rows by ``heads`` heads of ``x [B, T, H, D]``; outside of ``x`` they are 0."""
+    if x.numel() == 0:  # nobody reads it, but it must not be empty
+        x = x.new_zeros(1, 1, heads, x.shape[-1])
+    strides = [stride if size > 1 else 8 * x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride())]
+    box = [1, rows, heads, x.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(box, ELEMENT[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, layout)

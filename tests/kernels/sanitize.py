@@ -1,0 +1,76 @@
+"""Every kernel once on small cases, for NVIDIA's compute-sanitizer, which ends with an error for what it finds.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/kernels/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python tests/kernels/sanitize.py --plant   # must fail
+
+Without caching every tensor is an allocation of its own, so that a byte too far is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+
+import nsa
+from nsa.kernels import hopper
+
+SHAPES = (  # dtype, D, DV, KV heads, group
+    (torch.bfloat16, 128, 128, 1, 4),
+    (torch.float16, 64, 64, 2, 16),
+    (torch.float32, 40, 24, 2, 3),
+)
+
+
+def call(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: int, packed: bool) -> None:
+    """Compression, every branch, the selection and the gated sum, forward and backward."""
+    cfg = nsa.NSAConfig(
+        head_dim=dim, value_dim=value_dim, num_heads=kv_heads * group, num_kv_heads=kv_heads, block_length=16, block_stride=8,
+        selection_block_size=64, num_selected_blocks=3, num_local_blocks=1, window_size=70,
+    )  # fmt: skip
+    tokens = 211
+    make = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype).requires_grad_()
+    q, k, v = make(1, tokens, kv_heads * group, dim), make(1, tokens, kv_heads, dim), make(1, tokens, kv_heads, value_dim)
+    gates = make(1, tokens, kv_heads * group, 3)
+    told = {"cu_seqlens": torch.tensor([0, 5, 5, 100, 211], dtype=torch.int32, device="cuda")} if packed else {}
+    weight = make(dim, 16 * dim)
+    embedding = make(16, dim)
+    k_cmp = nsa.compress_blocks(k, cfg, embedding, (weight,), **told)
+    v_cmp = nsa.compress_blocks(v, cfg, **told)
+    o = nsa.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, cfg, **told)
+    o.backward(torch.randn_like(o))
+    assert all(x.grad.isfinite().all() for x in (q, k, v, gates, weight, embedding))
+
+
+@triton.jit
+def overrun_kernel(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, at.to(tl.float32), mask=at <= n)  # one too far
+
+
+def plant() -> None:
+    n = 128 * 7  # an allocation ends where a page of 512 bytes does
+    overrun_kernel[(1,)](torch.empty(n, device="cuda"), n, BLOCK=1024)
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    if "--plant" in sys.argv:
+        plant()
+        return
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        for packed in (False, True):
+            call(*shape, packed)
+            with mock.patch.object(hopper, "supports", return_value="switched off"):
+                call(*shape, packed)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
