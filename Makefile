@@ -32,7 +32,7 @@ test-gpu: $(STAMP)
 sanitize: $(STAMP)
 	$(VENV)/bin/python tests/kernels/sanitize.py
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck $(VENV)/bin/python tests/kernels/sanitize.py
-	$(SANITIZER) --tool racecheck $(VENV)/bin/python tests/kernels/sanitize.py
+	$(SANITIZER) --tool racecheck $(VENV)/bin/python tests/kernels/sanitize.py --portable
 	! PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) $(VENV)/bin/python tests/kernels/sanitize.py --plant
 
 compile: $(STAMP)

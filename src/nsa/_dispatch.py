@@ -21,7 +21,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "
 
 
 class Backend(Protocol):
-    """What a backend's module provides: the steps of ``functional.py`` on arguments that were checked there."""
+    """What a backend's module provides: the steps of ``functional.py``, and the whole, on arguments that were checked there."""
 
     def compress_blocks(
         self, x: Tensor, cfg: NSAConfig, cu_seqlens: Tensor | None, embedding: Tensor | None, weights: tuple[Tensor, ...]
@@ -31,6 +31,9 @@ class Backend(Protocol):
     def selected_attention(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cfg: NSAConfig, info: SeqInfo) -> Tensor: ...
     def window_attention(self, q: Tensor, k: Tensor, v: Tensor, cfg: NSAConfig, info: SeqInfo) -> Tensor: ...
     def combine(self, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor: ...
+    def attention(
+        self, q: Tensor, keys: tuple[Tensor, ...], gates: Tensor, indices: Tensor | None, cfg: NSAConfig, info: SeqInfo
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def supports(backend: str, device: torch.device, dtype: torch.dtype, cfg: NSAConfig | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""The public steps of Native Sparse Attention, and the one place that composes them.
+"""The public steps of Native Sparse Attention, and the whole.
 
 Symbols: B batch, T tokens, TQ queries, HQ/HK query and key/value heads, D/DV their channels, N compressed blocks, n selected
 blocks, l, d, s, w the sizes in ``NSAConfig``. Arguments that every step shares:
@@ -122,12 +122,7 @@ def nsa_attention(
     info = _validate.layout(q, cfg, cu_seqlens, cu_seqlens_k, seqlen_k, rows, k_cmp.shape[1])
     impl = _dispatch.choose(backend, q.device, q.dtype, cfg)
 
-    o_cmp, lse = impl.compressed_attention(q, k_cmp, v_cmp, cfg, info)
-    if block_indices is None:
-        block_indices = impl.select_blocks(q, k_cmp, lse, cfg, info)
-    o_slc = impl.selected_attention(q, k_slc, v_slc, block_indices, cfg, info)
-    o_win = impl.window_attention(q, k_win, v_win, cfg, info)
-    o = impl.combine(o_cmp, o_slc, o_win, gates)
+    o, block_indices = impl.attention(q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates, block_indices, cfg, info)
     return (o, block_indices) if return_block_indices else o
 
 

@@ -135,8 +135,6 @@ def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
 
 # Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.
 HOPPER_SELECTED_STAGES = 3  # 14.6 ms random, 10.0 trained-like (2 stages: 14.5, 10.1; the portable kernel: 16.1, 11.1)
-HOPPER_IMPORTANCE_KEYS = 128  # compressed blocks of a tile
-HOPPER_IMPORTANCE_QUERIES = 128
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def twins(name: str) -> Iterator[object]:
 
 
 def compile_all(name: str, dtype: torch.dtype, dim: int, value_dim: int, group: int = 16) -> dict[str, int]:
-    """Shared memory in bytes of every kernel that a training step and a packed one launch."""
+    """Shared memory in bytes of every kernel that a training step and the steps alone launch, batched and packed."""
     cfg = nsa.NSAConfig(head_dim=dim, value_dim=value_dim, num_heads=2 * group, num_kv_heads=2)
     used: dict[str, int] = {}
     for cu_seqlens in (None, torch.tensor([0, 100, 256], dtype=torch.int32)):
@@ -97,6 +97,10 @@ def compile_all(name: str, dtype: torch.dtype, dim: int, value_dim: int, group: 
                 v_cmp = nsa.compress_blocks(v, cfg, cu_seqlens=cu_seqlens, backend="triton")
                 nsa.ops.blocks_op(k, cu_seqlens, cfg.block_length, cfg.block_stride, False).sum().backward()
                 o = nsa.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, cfg, cu_seqlens=cu_seqlens, backend="triton")
+                o.backward(torch.zeros_like(o))
+                indices = torch.zeros(1, 256, 2, 16, dtype=torch.int32)
+                o = nsa.selected_attention(q, k, v, indices, cfg, cu_seqlens=cu_seqlens, backend="triton")
+                o = nsa.combine(o, o, o, gates, backend="triton")
                 o.backward(torch.zeros_like(o))
             used = {kernel: max(found.get(kernel, 0), used.get(kernel, 0)) for kernel in {*found, *used}}
     return used

@@ -36,13 +36,18 @@ def test_opcheck(device: str) -> None:
     indices = torch.randint(-1, 5, (1, TOKENS, 2, 3), dtype=torch.int32, device=device)
     plain, packed = (None, None, None, TOKENS), (offsets, offsets, None, 0)
     for lengths in (plain, packed):
-        opcheck(ops.interval, (q, k, v, *lengths, 1, 1, 9, 0.2))
-        opcheck(ops.interval, (q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2))
-        opcheck(ops.selected, (q, k, v, indices, *lengths, 8, 0.2))
-        lse = ops.interval(q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2)[1].detach().transpose(1, 2)
-        opcheck(ops.select, (q.detach(), k_cmp.detach(), lse, *lengths, 8, 4, 8, 4, 1, 2, 0.2))
+        opcheck(ops.interval_op, (q, k, v, *lengths, 1, 1, 9, 0.2))
+        opcheck(ops.interval_op, (q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2))
+        opcheck(ops.selected_op, (q, k, v, indices, *lengths, 8, 0.2))
+        lse = ops.interval_op(q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2)[1].detach().transpose(1, 2)
+        opcheck(ops.select_op, (q.detach(), k_cmp.detach(), lse, *lengths, 8, 4, 8, 4, 1, 2, 0.2))
         for mean in (True, False):
             opcheck(ops.blocks_op, (k, lengths[0], 8, 4, mean))
+    everything, numbers = inputs(device), (8, 4, 8, 4, 1, 2, 9, 0.2)
+    for lengths in (plain, packed):
+        for given in (None, indices):
+            opcheck(ops.attention_op, (*everything, given, *lengths, *numbers, True))
+        opcheck(ops.attention_op, (*(x.detach() for x in everything), None, *lengths, *numbers, False))
     o = [torch.randn(1, 5, 6, 24, device=device, requires_grad=True) for _ in range(3)]
     opcheck(ops.combine_op, (*o, torch.rand(1, 5, 6, 3, device=device, requires_grad=True)))
 

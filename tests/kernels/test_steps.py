@@ -142,3 +142,45 @@ def test_callers_sets_of_blocks(device: str, dtype: torch.dtype) -> None:
         theirs = torch.autograd.grad(want, exact, grad.double())
         for y, z in zip((got, *mine), (want, *theirs)):
             assert (y.double() - z).norm() <= (2e-5 if dtype == torch.float32 else 5e-3) * z.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gates_of_any_sign(device: str, dtype: torch.dtype) -> None:
+    """A sigmoid's gates lie between 0 and 1, but the sum is defined for all: the backward carries their sign apart."""
+    rng = torch.Generator().manual_seed(0)
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=6, num_kv_heads=2, block_length=8, block_stride=4, selection_block_size=8,
+        num_selected_blocks=4, window_size=9,
+    )  # fmt: skip
+    make = lambda rows, heads, dim: torch.randn(1, rows, heads, dim, generator=rng).to(device, dtype)
+    keys = [make(rows, 2, 16) for rows in (cfg.num_compressed_blocks(50), 50, 50) for _ in range(2)]
+    gates = make(50, 6, 3)
+    gates[:, ::7] = 0
+    low = [x.requires_grad_() for x in (make(50, 6, 16), *keys, gates)]
+    got, indices = nsa.nsa_attention(*low, cfg, return_block_indices=True, backend="triton")
+    exact = [x.detach().double().requires_grad_() for x in low]
+    want = nsa.nsa_attention(*exact, cfg, block_indices=indices, backend="reference")
+    grad = make(50, 6, 16)
+    mine, theirs = torch.autograd.grad(got, low, grad), torch.autograd.grad(want, exact, grad.double())
+    assert (gates < 0).any()
+    assert (mine[-1][:, ::7] != 0).any()
+    for y, z in zip((got, *mine), (want, *theirs)):
+        assert (y.double() - z).norm() <= (2e-5 if dtype == torch.float32 else 5e-3) * z.norm()
+
+
+def test_more_blocks_than_a_program_ranks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million tokens have them: the ranking then goes through memory piece by piece."""
+    from nsa.kernels.triton import top_n
+
+    monkeypatch.setattr(top_n, "WIDEST", 16)
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=6, num_kv_heads=2, block_length=4, block_stride=4, selection_block_size=4,
+        num_selected_blocks=7, num_local_blocks=1,
+    )  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 210, 6, 16, generator=rng).to(device), torch.randn(1, 52, 2, 16, generator=rng).to(device)
+    for scale in (1, 0):  # and exact ties
+        lse = nsa.compressed_attention(scale * q, k, k, cfg, backend="triton")[1]
+        got = nsa.select_blocks(scale * q, k, lse, cfg, backend="triton")
+        want = nsa.select_blocks(scale * q.double(), k.double(), lse.double(), cfg, backend="reference")
+        assert torch.equal(got, want)

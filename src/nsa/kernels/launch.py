@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from nsa import tuning
@@ -28,33 +25,41 @@ def interval_forward(
     return forward(q, k, v, spans, length, stride, window, softmax_scale)
 
 
+def _selected_on_hopper(q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, size: int) -> bool:
+    rows = lists.queries * (q.shape[2] // k.shape[2])
+    return _on_hopper(q, v.shape[-1]) and q.shape[-1] == v.shape[-1] and size == 64 and rows <= 64
+
+
 def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, spans: Spans, size: int, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """As ``interval_forward``, over the union lists of the queries' blocks of ``size`` tokens."""
-    rows = lists.queries * (q.shape[2] // k.shape[2])
-    if _on_hopper(q, v.shape[-1]) and q.shape[-1] == v.shape[-1] and size == 64 and rows <= 64:
-        from nsa.kernels.hopper.selected_forward import selected_forward as forward
-    else:
-        from nsa.kernels.triton.selected_forward import selected_forward as forward
+    if _selected_on_hopper(q, k, v, lists, size):
+        from nsa.kernels.hopper import selected_forward as kernels
+
+        return kernels.selected_forward(q, k, v, lists, spans, size, softmax_scale)[:2]
+    from nsa.kernels.triton.selected_forward import selected_forward as forward
+
     return forward(q, k, v, lists, spans, size, softmax_scale)
 
 
-@dataclass(frozen=True)
-class Importance:
-    """``score``, as ``kernels.triton.importance.block_importance``, works on tiles of ``queries``."""
+def selected_and_combined(
+    q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, spans: Spans, size: int, softmax_scale: float,
+    o_cmp: Tensor, o_win: Tensor, gates: Tensor, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gated sum of the branches, the selected branch's output (with ``save``, else empty) and its lse.
 
-    queries: int
-    score: Callable[..., None]
+    o_cmp, o_win contiguous ``[B, TQ, HQ, DV]``, gates contiguous ``[B, TQ, HQ, 3]``.
+    """
+    if _selected_on_hopper(q, k, v, lists, size):
+        from nsa.kernels.hopper import selected_forward as kernels
 
+        mix = kernels.Mix(o_cmp, o_win, gates, save)
+        o_slc, lse, o = kernels.selected_forward(q, k, v, lists, spans, size, softmax_scale, mix)
+        assert o is not None
+        return o, o_slc, lse
+    from nsa.kernels.triton.combine import combine
+    from nsa.kernels.triton.selected_forward import selected_forward as forward
 
-def importance(q: Tensor, stride: int, size: int) -> Importance:
-    """How to score blocks of ``size`` tokens by compressed blocks that are ``stride`` apart."""
-    per = size // stride
-    if _on_hopper(q, q.shape[-1]) and per <= 16 and per & (per - 1) == 0:
-        from nsa.kernels.hopper.importance import block_importance
-
-        return Importance(tuning.HOPPER_IMPORTANCE_QUERIES, block_importance)
-    from nsa.kernels.triton.importance import block_importance
-
-    return Importance(tuning.importance(q.shape[-1], q.dtype, tuning.arch(q.device)).block_m, block_importance)
+    o_slc, lse = forward(q, k, v, lists, spans, size, softmax_scale)
+    return combine(o_cmp, o_slc, o_win, gates), o_slc if save else o_slc.new_empty(0), lse

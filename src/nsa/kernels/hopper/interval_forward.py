@@ -88,7 +88,7 @@ def _load(count, where, shape, descs, buffers, bars,
     """The loading warp: each tile's queries, then its keys and values from the last tile down, values one tile behind."""
     q_desc, k_desc, v_desc = descs
     q_buf, k_buf, v_buf = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, blanked = bars
     used = 0
     turn = 0
     for number in range(gl.program_id(0), count, gl.num_programs(0)):
@@ -125,7 +125,7 @@ def _step(j, low, qt, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
           MASK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
           S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):  # fmt: skip
     """Products of tile ``j`` and their softmax, beside the product of the tile before (``pt``) with its values."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, blanked = bars
     slot, before = used % STAGES, (used - 1) % STAGES
     kt = k_buf.index(slot).reshape([BN, D]).permute((1, 0))
     s = warpgroup_mma(qt, kt, gl.zeros([ROWS, BN], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
@@ -165,12 +165,13 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     heads, group, length, stride, window = shape
     q_buf, k_buf, v_buf = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, blanked = bars
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh = strides
     qt = q_buf.index(C).reshape([ROWS, D])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     used = 0
     turn = 0
+    blanks = 0
     for number in range(gl.program_id(0), count, gl.num_programs(0)):
         batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = _work(
             number, where, shape, HEADS, BN, WINDOWED, PACKED, TABLE)  # fmt: skip
@@ -192,8 +193,13 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
         pt = gl.convert_layout(p.to(v_buf.dtype), P_LAYOUT, assert_trivial=True)
         acc = gl.zeros([ROWS, DV], gl.float32, O_LAYOUT)
         if RAGGED:
-            vt = v_buf.index(slot).reshape([BN, DV])
-            blank_past(k_len - (high - 1) * BN, vt, v_full.index(slot), phase(used, STAGES), BN)
+            end = k_len - (high - 1) * BN
+            if end < BN:  # each warpgroup its share; neither reads before both are done
+                vt = v_buf.index(slot).reshape([BN, DV])
+                blank_past(end, vt, v_full.index(slot), phase(used, STAGES), C, BN // GROUPS)
+                mbarrier.arrive(blanked.index(0), count=1)
+                mbarrier.wait(blanked.index(0), blanks & 1)
+                blanks += 1
         used += 1
         mbarrier.wait(k_full.index(used % STAGES), phase(used, STAGES), pred=high - 1 > low)
         for i in range(high - 1 - mid1):
@@ -254,7 +260,7 @@ def interval_forward_kernel(
     v_buf = gl.allocate_shared_memory(TYPE, [STAGES, 1, BN, 1, DV], v_desc.layout)
     o_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS // HEADS, HEADS, DV], o_desc.layout)
     bars = (barriers(1, 1), barriers(1, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
-            barriers(STAGES, GROUPS))  # fmt: skip
+            barriers(STAGES, GROUPS), barriers(1, GROUPS))  # fmt: skip
     fence_async_shared()
     where = (tile_count, per_seq, tile_seq, tile_first, table, q_len, k_len, offset)
     shape = (heads, group, length, stride, window)

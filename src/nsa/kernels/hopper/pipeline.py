@@ -21,7 +21,6 @@ thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # Arithmetic on scalars and rows is the same in both dialects.
 locate, span = gluon.jit(sequence.locate.fn), gluon.jit(sequence.span.fn)
 first_seen, end_seen = gluon.jit(interval_forward.first_seen.fn), gluon.jit(interval_forward.end_seen.fn)
-backward_lse = gluon.jit(tile.backward_lse.fn)
 
 
 LOG2E, LN2, LOWEST = (gl.constexpr(x.value) for x in (tile.LOG2E, tile.LN2, tile.LOWEST))
@@ -49,23 +48,18 @@ def pinned(x):
 
 
 @gluon.jit
-def pinned_fp32(x):
-    """The same for fp32, which lies in registers of another kind."""
-    return gl.inline_asm_elementwise("", "=f,0", [x], dtype=x.dtype, is_pure=False, pack=1)
-
-
-@gluon.jit
-def blank_past(end, values, full, parity, ROWS: gl.constexpr):
-    """Zero the rows of ``values`` from ``end`` on, once they are there: 0 times the NaN that may follow a sequence is not 0."""
-    if end < ROWS:
-        WIDTH: gl.constexpr = values.shape[1] // 8
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
-        mbarrier.wait(full, parity)
-        x = values.load(LAYOUT)
-        inside = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < end
-        values.store(gl.where(gl.expand_dims(inside, 1), x, gl.zeros_like(x)))
-        fence_async_shared()
-        thread_barrier()
+def blank_past(end, values, full, parity, C: gl.constexpr, ROWS: gl.constexpr):
+    """Zero what of ``ROWS`` rows of ``values``, from row ``C * ROWS`` on, lies at ``end`` or past it, once they are there: 0
+    times the NaN that may follow a sequence is not 0."""
+    WIDTH: gl.constexpr = values.shape[1] // 8
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
+    mbarrier.wait(full, parity)
+    part = values.slice(C * ROWS, ROWS)
+    inside = C * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < end
+    x = part.load(LAYOUT)
+    part.store(gl.where(gl.expand_dims(inside, 1), x, gl.zeros_like(x)))
+    fence_async_shared()
+    thread_barrier()
 
 
 def boxes(x: Tensor, rows: int, heads: int = 1) -> TensorDescriptor:

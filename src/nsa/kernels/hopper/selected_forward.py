@@ -2,10 +2,12 @@
 
 One warp reads the list and streams the blocks; one warpgroup multiplies. So neither the list's latency nor a block's keeps the
 matrix unit waiting, and what is bound by the L2 runs at the speed of the L2. Two programs share a multiprocessor: one's softmax
-runs beside the other's products.
+runs beside the other's products. The gated sum of the branches rides in the epilogue, which has this branch's rows at hand.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,7 +79,9 @@ def _blocks(qt, k_buf, v_buf, k_full, v_full, empty, blocks, masks, i0, i1, befo
             keys = first + gl.arange(0, SIZE, layout=gl.SliceLayout(0, S_LAYOUT))
             s = gl.where(gl.expand_dims(keys, 0) <= gl.expand_dims(pos, 1), s, float("-inf"))
             if RAGGED:
-                blank_past(k_len - first, v_buf.index(slot).reshape([SIZE, D]), v_full.index(slot), phase(i, STAGES), SIZE)
+                if k_len - first < SIZE:
+                    vt = v_buf.index(slot).reshape([SIZE, D])
+                    blank_past(k_len - first, vt, v_full.index(slot), phase(i, STAGES), 0, SIZE)
         # Rows that did not select this block keep their maximum, and their probabilities are 0.
         m_new = gl.where(wanted, gl.maximum(m, gl.max(s, axis=1) * scale), m)
         p = gl.exp2(s * scale - gl.expand_dims(gl.where(wanted, m_new, float("inf")), 1))
@@ -95,8 +99,8 @@ def _blocks(qt, k_buf, v_buf, k_full, v_full, empty, blocks, masks, i0, i1, befo
 
 @gluon.jit
 def _attend(q_buf, k_buf, v_buf, k_full, v_full, empty, blocks, masks, past, count, start, q_len, k_len, offset, scale,
-            o, lse, stride_ot, stride_oh, stride_lh, RAGGED: gl.constexpr, G: gl.constexpr, R: gl.constexpr,
-            SIZE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+            o, lse, mixed, others, stride_ot, stride_oh, stride_lh, RAGGED: gl.constexpr, MIX: gl.constexpr, SAVE: gl.constexpr,
+            G: gl.constexpr, R: gl.constexpr, SIZE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The multiplying warpgroup; ``o`` and ``lse`` at the tile's first query and head."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIZE, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -122,7 +126,7 @@ def _attend(q_buf, k_buf, v_buf, k_full, v_full, empty, blocks, masks, past, cou
     # Through shared memory, which the queries no longer need, so that whole rows are written.
     q_buf.store(acc.to(q_buf.dtype))
     thread_barrier()
-    _store_rows(q_buf, o, start, q_len, stride_ot, stride_oh, G, R, D)
+    _store_rows(q_buf, o, mixed, others, start, q_len, stride_ot, stride_oh, MIX, SAVE, G, R, D)
 
 
 @gluon.jit
@@ -137,19 +141,34 @@ def _rows(G: gl.constexpr, R: gl.constexpr, D: gl.constexpr, start, q_len, strid
 
 
 @gluon.jit
-def _store_rows(buffer, o, start, q_len, stride_t, stride_h, G: gl.constexpr, R: gl.constexpr, D: gl.constexpr):
+def _store_rows(buffer, o, mixed, others, start, q_len, stride_t, stride_h,
+                MIX: gl.constexpr, SAVE: gl.constexpr, G: gl.constexpr, R: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """Write the branch's rows (with ``SAVE``) and the gated sum of all branches (with ``MIX``), which are laid out alike."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     at, keep = _rows(G, R, D, start, q_len, stride_t, stride_h)
-    gl.store(o + at, buffer.load(LAYOUT), mask=keep)
+    rows = buffer.load(LAYOUT)
+    if SAVE:
+        gl.store(o + at, rows, mask=keep)
+    if MIX:
+        o_cmp, o_win, gates = others
+        row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        gate = gates + (row // G * stride_t + row % G * stride_h) // D * 3
+        inside = (row < R * G) & (start + row // G < q_len)
+        total = gl.expand_dims(gl.load(gate, mask=inside, other=0.0).to(gl.float32), 1) * gl.load(
+            o_cmp + at, mask=keep, other=0.0).to(gl.float32)  # fmt: skip
+        total += gl.expand_dims(gl.load(gate + 1, mask=inside, other=0.0).to(gl.float32), 1) * rows.to(gl.float32)
+        total += gl.expand_dims(gl.load(gate + 2, mask=inside, other=0.0).to(gl.float32), 1) * gl.load(
+            o_win + at, mask=keep, other=0.0).to(gl.float32)  # fmt: skip
+        gl.store(mixed + at, total.to(buffer.dtype), mask=keep)
 
 
 @gluon.jit(do_not_specialize=["per_seq", "q_len", "k_len", "offset", "kv_heads", "stride_lb", "stride_lh"])
 def selected_forward_kernel(
-    q, k_desc, v_desc, o, lse, blocks, masks, counts,
+    q, k_desc, v_desc, o, lse, o_cmp, o_win, gates, mixed, blocks, masks, counts,
     stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     per_seq, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, scale,
     R: gl.constexpr, G: gl.constexpr, SIZE: gl.constexpr, LENGTH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr,
+    PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr, MIX: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     # The KV heads one after another: programs that run together read the same keys.
     number = gl.num_programs(0) // kv_heads
@@ -175,12 +194,19 @@ def selected_forward_kernel(
         past = gl.load(counts + list_at * 2 + 1)
         blocks += list_at * LENGTH
         masks += list_at * LENGTH
-        o += batch * stride_ob + first * stride_ot + hk * G * stride_oh
+        origin = batch * stride_ob + first * stride_ot + hk * G * stride_oh
+        others = (o_cmp, o_win, gates)
+        if SAVE:
+            o += origin
+        if MIX:
+            mixed += origin
+            others = (o_cmp + origin, o_win + origin, gates + origin // D * 3)
         lse += batch * stride_lb + hk * G * stride_lh + first
         gl.warp_specialize(
             [
                 (_attend, (q_buf, k_buf, v_buf, k_full, v_full, empty, blocks, masks, past, count, start, q_len, k_len, offset,
-                           scale, o, lse, stride_ot, stride_oh, stride_lh, RAGGED, G, R, SIZE, D, STAGES)),
+                           scale, o, lse, mixed, others, stride_ot, stride_oh, stride_lh,
+                           RAGGED, MIX, SAVE, G, R, SIZE, D, STAGES)),
                 (_load, (k_desc, v_desc, k_buf, v_buf, k_full, v_full, empty, blocks, count, batch.to(gl.int32),
                          k_row.to(gl.int32), hk, SIZE, STAGES)),
             ],
@@ -189,26 +215,42 @@ def selected_forward_kernel(
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Mix:
+    """The other branches' outputs and the gates, contiguous; ``save`` says whether this branch's own output is wanted too."""
+
+    o_cmp: Tensor
+    o_win: Tensor
+    gates: Tensor
+    save: bool
+
+
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, spans: Spans, size: int, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """As ``kernels.triton.selected_forward.selected_forward``."""
+    q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, spans: Spans, size: int, softmax_scale: float, mix: Mix | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``kernels.triton.selected_forward.selected_forward``, and with ``mix`` the gated sum of all branches.
+
+    The first output is empty where it is not wanted.
+    """
     batch, rows, heads, dim = q.shape
     kv_heads = k.shape[2]
-    o = torch.empty(batch, rows, heads, dim, dtype=q.dtype, device=q.device)
+    save = mix is None or mix.save
+    make = torch.zeros if spans.packed else torch.empty  # rows that belong to no sequence are written by nobody
+    o = make((batch, rows, heads, dim) if save else (0,), dtype=q.dtype, device=q.device)
+    mixed = None if mix is None else make((batch, rows, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
-    if spans.packed:  # rows that belong to no sequence are written by nobody
-        o.zero_()
+    if spans.packed:
         lse.fill_(float("-inf"))
     if lists.tiles.count == 0:
-        return o, lse
+        return o, lse, mixed
     selected_forward_kernel[(lists.tiles.count * kv_heads,)](
-        q, boxes(k, size), boxes(v, size), o, lse, lists.blocks, lists.masks, lists.counts,
-        *q.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
+        q, boxes(k, size), boxes(v, size), o, lse,
+        None if mix is None else mix.o_cmp, None if mix is None else mix.o_win, None if mix is None else mix.gates, mixed,
+        lists.blocks, lists.masks, lists.counts, *q.stride()[:3], rows * heads * dim, heads * dim, dim, *lse.stride()[:2],
         lists.tiles.per_seq, lists.tiles.seq, lists.tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, softmax_scale * LOG2E.value,
         R=lists.queries, G=heads // kv_heads, SIZE=size, LENGTH=lists.blocks.shape[2], D=dim,
         STAGES=tuning.HOPPER_SELECTED_STAGES, PACKED=spans.packed, TABLE=spans.table is not None, RAGGED=not spans.covers_keys,
-        num_warps=4, maxnreg=128,
+        MIX=mix is not None, SAVE=save, num_warps=4, maxnreg=128,
     )  # fmt: skip
-    return o, lse
+    return o, lse, mixed

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from nsa import tuning
 from nsa.kernels.triton.interval_forward import end_seen, first_seen, seen_by_tile
-from nsa.kernels.triton.sequence import Spans, locate, span
-from nsa.kernels.triton.tile import LOG2E, backward_lse, descriptor, dot, load_rows, load_tile, store_tile, wide
+from nsa.kernels.triton.sequence import Spans, locate, new_gradient, span
+from nsa.kernels.triton.tile import LOG2E, descriptor, dot, gated, load_rows, load_tile, store_tile, wide
 
 
 @triton.jit
 def _query_range(
-    qt, gt, k, v, batch, k_row, hk, lo, hi, n0, n1, k_len, scale, lse, delta, acc,
+    qt, gt, k, v, batch, k_row, hk, lo, hi, n0, n1, k_len, scale, shift, delta, acc,
     MASK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Keys ``n0 .. n1`` into the gradient of a tile of queries."""
     for n in tl.range(n0, n1, BN):
         kt = load_tile(k, batch, k_row + n, hk, k_len - n, BN, BD, MASK)
         vt = load_tile(v, batch, k_row + n, hk, k_len - n, BN, BDV, MASK)
-        p = tl.exp2(dot(qt, kt.T) * scale - lse[:, None])  # [BM, BN]
+        p = tl.exp2(dot(qt, kt.T) * scale - shift[:, None])  # [BM, BN]
         if MASK:
             keys = (n + tl.arange(0, BN))[None, :]
             p = tl.where((keys >= lo[:, None]) & (keys < hi[:, None]), p, 0.0)
@@ -41,6 +41,7 @@ def _query_range(
 
 @triton.jit(
     do_not_specialize=[
+        "add",
         "tiles",
         "q_len",
         "k_len",
@@ -55,7 +56,7 @@ def _query_range(
     ]
 )
 def interval_dq_kernel(
-    q, k, v, do, lse, delta, dq, stride_lb, stride_lh, stride_db, stride_dt, stride_dh,
+    q, k, v, do, shift, delta, dq, add, stride_lb, stride_lh, stride_db, stride_dt, stride_dh,
     tiles, tile_seq, tile_first, table, q_len, k_len, offset, heads, group, length, stride, window, scale, softmax_scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     WINDOWED: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
@@ -79,24 +80,29 @@ def interval_dq_kernel(
     qt = load_tile(q, batch, row, h, q_len - start, BM, BD, False)
     gt = load_tile(do, batch, row, h, q_len - start, BM, BDV, False)
     stat = batch * stride_lb + h * stride_lh + row
-    row_lse = backward_lse(tl.load(lse + stat + rows, mask=keep, other=float("-inf")))
+    row_shift = tl.load(shift + stat + rows, mask=keep, other=float("inf"))
     row_delta = tl.load(delta + stat + rows, mask=keep, other=0.0)
     acc = tl.zeros([BM, BD], tl.float32)
     if WINDOWED:
         acc = _query_range(
-            qt, gt, k, v, batch, k_row, hk, lo, hi, n0, n1, k_len, scale, row_lse, row_delta, acc, True, BN, BD, BDV
+            qt, gt, k, v, batch, k_row, hk, lo, hi, n0, n1, k_len, scale, row_shift, row_delta, acc, True, BN, BD, BDV
         )
     acc = _query_range(
-        qt, gt, k, v, batch, k_row, hk, lo, hi, n1, n2, k_len, scale, row_lse, row_delta, acc, False, BN, BD, BDV
+        qt, gt, k, v, batch, k_row, hk, lo, hi, n1, n2, k_len, scale, row_shift, row_delta, acc, False, BN, BD, BDV
     )
-    acc = _query_range(qt, gt, k, v, batch, k_row, hk, lo, hi, n2, n3, k_len, scale, row_lse, row_delta, acc, True, BN, BD, BDV)
-    out = dq + batch * stride_db + row * stride_dt + h * stride_dh
-    store_tile(out, rows, stride_dt, tl.arange(0, BD), keep, acc * softmax_scale, D)
+    acc = _query_range(
+        qt, gt, k, v, batch, k_row, hk, lo, hi, n2, n3, k_len, scale, row_shift, row_delta, acc, True, BN, BD, BDV
+    )
+    acc = gated(acc * softmax_scale, row_shift[:, None])
+    out, dims = dq + batch * stride_db + row * stride_dt + h * stride_dh, tl.arange(0, BD)
+    if add != 0:
+        acc += load_rows(out, rows * stride_dt, dims, keep, D).to(tl.float32)
+    store_tile(out, rows, stride_dt, dims, keep, acc, D)
 
 
 @triton.jit
 def _key_range(
-    kt, vt, q, do, lse, delta, stride_q, stride_g, first, end, m0, m1, q_len, offset, scale, dk, dv,
+    kt, vt, q, do, shift, delta, stride_q, stride_g, first, end, m0, m1, q_len, offset, scale, dk, dv,
     MASK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Queries ``m0 .. m1`` of one head into the gradients of a tile of keys and values."""
@@ -105,9 +111,9 @@ def _key_range(
         keep = m + rows < q_len if MASK else rows >= 0
         qt = load_rows(q + wide(m) * stride_q, rows * stride_q, tl.arange(0, BD), keep, D)  # [BM, BD]
         gt = load_rows(do + wide(m) * stride_g, rows * stride_g, tl.arange(0, BDV), keep, DV)  # [BM, BDV]
-        row_lse = tl.load(lse + m + rows, mask=keep, other=float("-inf"))
+        row_shift = tl.load(shift + m + rows, mask=keep, other=float("inf"))
         row_delta = tl.load(delta + m + rows, mask=keep, other=0.0)
-        p = tl.exp2(dot(kt, qt.T) * scale - backward_lse(row_lse)[None, :])  # [BN, BM]
+        p = gated(tl.exp2(dot(kt, qt.T) * scale - row_shift[None, :]), row_shift[None, :])  # [BN, BM]
         if MASK:
             pos = (offset + m + rows)[None, :]
             p = tl.where((pos >= first[:, None]) & (pos < end[:, None]), p, 0.0)
@@ -134,7 +140,7 @@ def _key_range(
     ]
 )
 def interval_dkv_kernel(
-    q, k, v, do, lse, delta, dk, dv,
+    q, k, v, do, shift, delta, dk, dv,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh, stride_lb, stride_lh, stride_ds, stride_db, stride_dt, stride_es, stride_eb, stride_et,
     tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, group, share,
@@ -177,19 +183,19 @@ def interval_dkv_kernel(
         h = hk * group + g
         qh = q + batch * stride_qb + q_row * stride_qt + h * stride_qh
         gh = do + batch * stride_gb + q_row * stride_gt + h * stride_gh
-        lse_h = lse + stat + h * stride_lh
+        shift_h = shift + stat + h * stride_lh
         delta_h = delta + stat + h * stride_lh
         dkt, dvt = _key_range(
-            kt, vt, qh, gh, lse_h, delta_h, stride_qt, stride_gt, first, end, m0, m1, q_len, offset, scale, dkt, dvt, True,
-            D, DV, BM, BD, BDV,
+            kt, vt, qh, gh, shift_h, delta_h, stride_qt, stride_gt, first, end, m0, m1, q_len, offset, scale, dkt, dvt,
+            True, D, DV, BM, BD, BDV,
         )  # fmt: skip
         dkt, dvt = _key_range(
-            kt, vt, qh, gh, lse_h, delta_h, stride_qt, stride_gt, first, end, m1, m2, q_len, offset, scale, dkt, dvt, False,
-            D, DV, BM, BD, BDV,
+            kt, vt, qh, gh, shift_h, delta_h, stride_qt, stride_gt, first, end, m1, m2, q_len, offset, scale, dkt, dvt,
+            False, D, DV, BM, BD, BDV,
         )  # fmt: skip
         dkt, dvt = _key_range(
-            kt, vt, qh, gh, lse_h, delta_h, stride_qt, stride_gt, first, end, m2, m3, q_len, offset, scale, dkt, dvt, True,
-            D, DV, BM, BD, BDV,
+            kt, vt, qh, gh, shift_h, delta_h, stride_qt, stride_gt, first, end, m2, m3, q_len, offset, scale, dkt, dvt,
+            True, D, DV, BM, BD, BDV,
         )  # fmt: skip
     out_k = dk + part * stride_ds + batch * stride_db + row * stride_dt + hk * D
     out_v = dv + part * stride_es + batch * stride_eb + row * stride_et + hk * DV
@@ -198,12 +204,13 @@ def interval_dkv_kernel(
 
 
 def interval_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, spans: Spans,
-    length: int, stride: int, window: int, softmax_scale: float, need: tuple[bool, bool],
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, spans: Spans,
+    length: int, stride: int, window: int, softmax_scale: float, need: tuple[bool, bool], dq: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dq, dk, dv of ``interval_forward``; ``need`` says whether those of the queries and those of keys and values are wanted.
+    """dq, dk, dv of ``gate * interval_forward``; ``need`` says whether those of the queries and those of keys and values are
+    wanted. Those of the queries are added to ``dq`` where there is one.
 
-    do ``[B, TQ, HQ, DV]``, lse and delta fp32 ``[B, HQ, TQ]``.
+    do ``[B, TQ, HQ, DV]``; shift, which carries the gate, and delta fp32 ``[B, HQ, TQ]``, of one layout.
     """
     kind, hardware = window > 0, tuning.arch(q.device)
     shared = {
@@ -214,15 +221,16 @@ def interval_backward(
     scale = softmax_scale * LOG2E.value
     lengths = (spans.table, spans.q_len, spans.k_len, spans.offset)
 
-    dq = dk = dv = None
+    dk = dv = None
     if need[0]:
-        dq = torch.zeros_like(q) if spans.packed else torch.empty_like(q)
+        add = dq is not None
+        dq = new_gradient(q, spans) if dq is None else dq
         tune = tuning.interval_dq(q.shape[-1], v.shape[-1], q.dtype, kind, hardware)
         tiles = spans.query_tiles(tune.block_m)
         if tiles.count:
             interval_dq_kernel[(tiles.count * heads,)](
                 descriptor(q, tune.block_m), descriptor(k, tune.block_n), descriptor(v, tune.block_n),
-                descriptor(do, tune.block_m), lse, delta, dq, *lse.stride()[:2], *dq.stride()[:3],
+                descriptor(do, tune.block_m), shift, delta, dq, int(add), *shift.stride()[:2], *dq.stride()[:3],
                 tiles.per_seq, tiles.seq, tiles.first, *lengths,
                 heads, heads // kv_heads, length, stride, window, scale, softmax_scale,
                 BM=tune.block_m, BN=tune.block_n, **shared, num_warps=tune.num_warps, num_stages=tune.num_stages,
@@ -236,8 +244,8 @@ def interval_backward(
         dv_parts = make(parts, *v.shape, dtype=torch.float32, device=v.device)
         if tiles.count and q.shape[1]:
             interval_dkv_kernel[(tiles.count * kv_heads, parts)](
-                q, k, v, do, lse, delta, dk_parts, dv_parts,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *lse.stride()[:2],
+                q, k, v, do, shift, delta, dk_parts, dv_parts,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *shift.stride()[:2],
                 *dk_parts.stride()[:3], *dv_parts.stride()[:3],
                 tiles.per_seq, tiles.seq, tiles.first, *lengths,
                 kv_heads, heads // kv_heads, triton.cdiv(heads // kv_heads, parts),

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa import tuning
-from nsa.kernels.triton.sequence import Spans, locate, span
-from nsa.kernels.triton.tile import LOG2E, backward_lse, descriptor, dot, load_rows, load_tile, wide
+from nsa.kernels.triton.sequence import Spans, locate, new_gradient, span
+from nsa.kernels.triton.tile import LOG2E, descriptor, dot, gated, load_rows, load_tile, wide
 from nsa.kernels.triton.union import InverseLists, UnionLists, inverse_lists
 
 SPLIT = 1024  # queries of an item: fewer balance better, more make less to add up
@@ -22,7 +22,7 @@ SPLIT = 1024  # queries of an item: fewer balance better, more make less to add 
 
 @triton.jit
 def _query_blocks(
-    qt, gt, k, v, batch, k_row, hk, blocks, masks, i0, i1, before, r, pos, k_len, scale, lse, delta, acc,
+    qt, gt, k, v, batch, k_row, hk, blocks, masks, i0, i1, before, r, pos, k_len, scale, shift, delta, acc,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Entries ``i0 .. i1`` of the tile's list into the gradient of its queries."""
@@ -37,7 +37,7 @@ def _query_blocks(
         end = tl.minimum(k_len - first, SIZE)
         kt = load_tile(k, batch, k_row + first, hk, end, BS, BD, CHECK)
         vt = load_tile(v, batch, k_row + first, hk, end, BS, BDV, CHECK)
-        p = tl.exp2(dot(qt, kt.T) * scale - tl.where(wanted, lse, float("inf"))[:, None])  # [BM, BS]
+        p = tl.exp2(dot(qt, kt.T) * scale - tl.where(wanted, shift, float("inf"))[:, None])  # [BM, BS]
         if CHECK:
             p = tl.where((first + keys[None, :] <= pos[:, None]) & (keys < SIZE)[None, :], p, 0.0)
         ds = p * (dot(gt, vt.T) - delta[:, None])
@@ -45,9 +45,9 @@ def _query_blocks(
     return before, acc
 
 
-@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "offset", "kv_heads", "stride_lb", "stride_lh"])
+@triton.jit(do_not_specialize=["add", "tiles", "q_len", "k_len", "offset", "kv_heads", "stride_lb", "stride_lh"])
 def selected_dq_kernel(
-    q, k, v, do, lse, delta, dq, blocks, masks, counts,
+    q, k, v, do, shift, delta, dq, add, blocks, masks, counts,
     stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lh, stride_db, stride_dt, stride_dh,
     tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, scale, softmax_scale,
     R: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -70,7 +70,7 @@ def selected_dq_kernel(
     qt = load_rows(q + batch * stride_qb + first * stride_qt, r * stride_qt + h * stride_qh, dims, keep, D)
     gt = load_rows(do + batch * stride_gb + first * stride_gt, r * stride_gt + h * stride_gh, tl.arange(0, BDV), keep, DV)
     stat = batch * stride_lb + h * stride_lh + first + r
-    row_lse = backward_lse(tl.load(lse + stat, mask=keep, other=float("-inf")))
+    row_shift = tl.load(shift + stat, mask=keep, other=float("inf"))
     row_delta = tl.load(delta + stat, mask=keep, other=0.0)
     list_at = wide(pid) * kv_heads + hk
     blocks += list_at * LENGTH
@@ -80,14 +80,18 @@ def selected_dq_kernel(
     acc = tl.zeros([BM, BD], tl.float32)
     before, acc = _query_blocks(
         qt, gt, k, v, batch, k_row, hk, blocks, masks, 0, past, tl.zeros([], tl.int32), r, pos, k_len, scale,
-        row_lse, row_delta, acc, False, SIZE, BS, BD, BDV,
+        row_shift, row_delta, acc, False, SIZE, BS, BD, BDV,
     )  # fmt: skip
     before, acc = _query_blocks(
         qt, gt, k, v, batch, k_row, hk, blocks, masks, past, count, before, r, pos, k_len, scale,
-        row_lse, row_delta, acc, True, SIZE, BS, BD, BDV,
+        row_shift, row_delta, acc, True, SIZE, BS, BD, BDV,
     )  # fmt: skip
-    ptrs = dq + batch * stride_db + first * stride_dt + (r * stride_dt + h * stride_dh)[:, None] + dims[None, :]
-    tl.store(ptrs, (acc * softmax_scale).to(dq.dtype.element_ty), mask=keep[:, None] & (dims < D)[None, :])
+    acc = gated(acc * softmax_scale, row_shift[:, None])
+    out, at = dq + batch * stride_db + first * stride_dt, r * stride_dt + h * stride_dh
+    if add != 0:
+        acc += load_rows(out, at, dims, keep, D).to(tl.float32)
+    ptrs = out + at[:, None] + dims[None, :]
+    tl.store(ptrs, acc.to(dq.dtype.element_ty), mask=keep[:, None] & (dims < D)[None, :])
 
 
 @triton.jit(
@@ -105,7 +109,7 @@ def selected_dq_kernel(
     ]
 )
 def selected_dkv_kernel(
-    q, k, v, do, lse, delta, dk, dv, rows, item_group, item_start, item_stop, block_seq, block_base,
+    q, k, v, do, shift, delta, dk, dv, rows, item_group, item_start, item_stop, block_seq, block_base,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh, stride_lb, stride_lh,
     table, q_len, k_len, offset, rows_q, groups, num_blocks, per_seq, kv_heads, scale, softmax_scale,
@@ -134,7 +138,7 @@ def selected_dkv_kernel(
     vt = load_rows(v + batch * stride_vb + row * stride_vt + hk * stride_vh, keys * stride_vt, value_dims, inside, DV)
     q += batch * stride_qb
     do += batch * stride_gb
-    lse += batch * stride_lb
+    shift += batch * stride_lb
     delta += batch * stride_lb
     col = tl.arange(0, BM)
     h = hk * G + col % G
@@ -148,9 +152,9 @@ def selected_dkv_kernel(
         query = tl.where(keep, query, 0)
         qt = load_rows(q, query * stride_qt + h * stride_qh, dims, keep, D)  # [BM, BD]
         gt = load_rows(do, query * stride_gt + h * stride_gh, value_dims, keep, DV)  # [BM, BDV]
-        row_lse = backward_lse(tl.load(lse + h * stride_lh + query, mask=keep, other=float("-inf")))
+        row_shift = tl.load(shift + h * stride_lh + query, mask=keep, other=float("inf"))
         row_delta = tl.load(delta + h * stride_lh + query, mask=keep, other=0.0)
-        p = tl.exp2(dot(kt, qt.T) * scale - row_lse[None, :])  # [BS, BM]
+        p = gated(tl.exp2(dot(kt, qt.T) * scale - row_shift[None, :]), row_shift[None, :])  # [BS, BM]
         pos = offset + query - q_row
         p = tl.where((first + keys[:, None] <= pos[None, :]) & (keys < SIZE)[:, None], p, 0.0)
         dvt = dot(p.to(gt.dtype), gt, dvt)
@@ -188,12 +192,14 @@ def reduce_kernel(
 
 
 def selected_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, indices: Tensor, lists: UnionLists | None,
-    spans: Spans, size: int, softmax_scale: float, need: tuple[bool, bool],
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, indices: Tensor,
+    lists: UnionLists | None, spans: Spans, size: int, softmax_scale: float, need: tuple[bool, bool], dq: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dq, dk, dv of ``selected_forward``; ``need`` says whether those of the queries and those of keys and values are wanted.
+    """dq, dk, dv of ``gate * selected_forward``; ``need`` says whether those of the queries and those of keys and values are
+    wanted. Those of the queries are added to ``dq`` where there is one.
 
-    do ``[B, TQ, HQ, DV]``, lse and delta fp32 ``[B, HQ, TQ]``; ``lists`` is needed for the queries.
+    do ``[B, TQ, HQ, DV]``; shift, which carries the gate, and delta fp32 ``[B, HQ, TQ]``, of one layout; ``lists`` for the
+    queries only.
     """
     group = q.shape[2] // k.shape[2]
     hardware = tuning.arch(q.device)
@@ -204,16 +210,17 @@ def selected_backward(
     }  # fmt: skip
     scale = softmax_scale * LOG2E.value
 
-    dq = dk = dv = None
+    dk = dv = None
     if need[0]:
         assert lists is not None
-        dq = torch.zeros_like(q) if spans.packed else torch.empty_like(q)
+        add = dq is not None
+        dq = new_gradient(q, spans) if dq is None else dq
         tune = tuning.selected_dq(q.shape[-1], v.shape[-1], q.dtype, hardware)
         if lists.tiles.count:
             selected_dq_kernel[(lists.tiles.count * k.shape[2],)](
-                q, descriptor(k, shared["BS"]), descriptor(v, shared["BS"]), do, lse, delta, dq,
+                q, descriptor(k, shared["BS"]), descriptor(v, shared["BS"]), do, shift, delta, dq, int(add),
                 lists.blocks, lists.masks, lists.counts,
-                *q.stride()[:3], *do.stride()[:3], *lse.stride()[:2], *dq.stride()[:3],
+                *q.stride()[:3], *do.stride()[:3], *shift.stride()[:2], *dq.stride()[:3],
                 lists.tiles.per_seq, lists.tiles.seq, lists.tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
                 k.shape[2], scale, softmax_scale,
                 R=lists.queries, LENGTH=lists.blocks.shape[2], BM=tuning.padded(lists.queries * group), **shared,
@@ -223,13 +230,13 @@ def selected_backward(
         dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         if q.shape[1] and k.shape[1]:
             inverse = inverse_lists(indices, spans, size, SPLIT)
-            _keys_values(q, k, v, do, lse, delta, dk, dv, inverse, spans, scale, softmax_scale, shared)
+            _keys_values(q, k, v, do, shift, delta, dk, dv, inverse, spans, scale, softmax_scale, shared)
     return dq, dk, dv
 
 
 def _keys_values(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, inverse: InverseLists,
-    spans: Spans, scale: float, softmax_scale: float, shared: dict[str, int],
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+    inverse: InverseLists, spans: Spans, scale: float, softmax_scale: float, shared: dict[str, int],
 ) -> None:  # fmt: skip
     """Fill dk ``[B, T, HK, D]`` and dv ``[B, T, HK, DV]``, zeros before."""
     items, size, kv_heads = inverse.group.numel(), shared["SIZE"], k.shape[2]
@@ -238,9 +245,9 @@ def _keys_values(
     tune = tuning.selected_dkv(q.shape[-1], v.shape[-1], q.dtype, shared["G"], tuning.arch(q.device))
     queries = max(1, tune.block_m // shared["G"])
     selected_dkv_kernel[(items,)](
-        q, k, v, do, lse, delta, dk_parts, dv_parts,
+        q, k, v, do, shift, delta, dk_parts, dv_parts,
         inverse.rows, inverse.group, inverse.start, inverse.stop, inverse.seq, inverse.base,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *lse.stride()[:2], *lengths, q.shape[1],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *shift.stride()[:2], *lengths, q.shape[1],
         inverse.groups, inverse.num_blocks, inverse.per_seq, kv_heads, scale, softmax_scale,
         QUERIES=queries, BM=tuning.padded(queries * shared["G"]), **shared,
         num_warps=tune.num_warps, num_stages=tune.num_stages,

@@ -126,3 +126,8 @@ def spans(rows_q: int, rows_k: int, info: SeqInfo, length: int, stride: int) -> 
     columns = torch.stack([batch, q_row, q_len, k_row, k_len, tokens - q_len], 1).to(torch.int32)
     table = torch.nn.functional.pad(columns, (0, 0, 0, 1))
     return Spans(len(batch), info.packed, rows_q, rows_k, table, rows_q, 0, 0)
+
+
+def new_gradient(q: Tensor, spans: Spans) -> Tensor:
+    """Room for the gradient of ``q``: 0 where rows may belong to no sequence, which nobody writes."""
+    return torch.zeros_like(q) if spans.packed else torch.empty_like(q)

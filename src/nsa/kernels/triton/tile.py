@@ -92,3 +92,21 @@ def softmax_end(m, l, acc):
 def backward_lse(lse):
     """lse in units of log2, +inf for a row that saw nothing: its probabilities are then 0."""
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def backward_shift(lse, gate):
+    """What a row's scores lose, in units of log2, so that their powers of two are probabilities times ``|gate|``.
+
+    The lowest bit is set where the gate is negative. +inf for a row that saw nothing or whose gate is 0.
+    """
+    size = tl.where(gate == 0, 1.0, tl.abs(gate))
+    shift = (lse * LOG2E - tl.log2(size)).to(tl.int32, bitcast=True)
+    shift = ((shift & -2) | (gate < 0).to(tl.int32)).to(tl.float32, bitcast=True)
+    return tl.where((lse == float("-inf")) | (gate == 0), float("inf"), shift)
+
+
+@triton.jit
+def gated(p, shift):
+    """``p`` with the sign of the gate that ``shift`` carries."""
+    return (p.to(tl.int32, bitcast=True) ^ (shift.to(tl.int32, bitcast=True) << 31)).to(tl.float32, bitcast=True)

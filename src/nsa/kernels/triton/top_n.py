@@ -1,7 +1,8 @@
 """The ``n`` blocks of every query: the forced ones, then the most important, ties to the lowest.
 
-Importance is never negative, so its bits as an integer rank like its value: at most 31 counts find the n-th highest exactly,
-whatever ``n`` is, and a running count of what lies above it writes the indices in ascending order.
+Importance is never negative, so its bits as an integer rank like its value: counting how many blocks reach a rank, again and
+again, finds the n-th highest exactly, whatever ``n`` is. The counts fall about exponentially with the rank, so a good guess
+takes a few. A running count of what lies above it writes the indices in ascending order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.kernels import launch
+from nsa import tuning
+from nsa.kernels.triton.importance import block_importance
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import wide
 
@@ -29,6 +31,23 @@ def _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, nu
     value = tl.load(at, mask=candidate & (j < blocks), other=0.0).to(tl.int32, bitcast=True)
     forced = (j < num_initial) | (j > own[:, None] - num_local)
     return tl.where(candidate, tl.where(forced, INFINITY, value), -1)
+
+
+@triton.jit
+def _top_and_forced(rank, top, forced):
+    """The highest rank that is not forced, and the count of those that are, taken on."""
+    highest = tl.max(tl.where(rank < INFINITY, rank, -1), 1)
+    return tl.maximum(top, highest), forced + tl.sum((rank == INFINITY).to(tl.int32), 1)
+
+
+@triton.jit
+def _trial(low, high, c_low, c_high, n, step):
+    """A rank between ``low`` and ``high``: where the n-th is if counts fall exponentially, every other time the middle."""
+    counts = tl.log2(c_low.to(tl.float32)), tl.log2(tl.maximum(c_high.to(tl.float32), 0.5))
+    share = (counts[0] - tl.log2(n.to(tl.float32))) / (counts[0] - counts[1])
+    gap = high - low
+    ahead = (gap.to(tl.float32) * tl.where(step % 2 == 0, share, 0.5)).to(tl.int32)
+    return low + tl.minimum(tl.maximum(ahead, 1), gap - 1)
 
 
 @triton.jit(
@@ -49,7 +68,7 @@ def _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, nu
 def top_n_kernel(
     importance, out, tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, rows_q, kv_heads, blocks,
     size, n, num_initial, num_local,
-    TILE: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
+    TILE: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
     PACKED: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     pid, hk = tl.program_id(0), tl.program_id(1)
@@ -62,15 +81,29 @@ def top_n_kernel(
     own = (offset + query) // size
     row = wide(number) * TILE + within
     end = tl.minimum(tl.max(tl.where(keep, own, -1), 0) + 1, blocks)
-    threshold = tl.zeros([BM], tl.int32)
-    higher = tl.zeros([BM], tl.int32)
+    # Bracket the n-th rank: ``low`` is reached by n blocks or more, ``high`` by fewer.
+    low = tl.zeros([BM], tl.int32)
+    top = tl.full([BM], -1, tl.int32)
+    c_high = tl.zeros([BM], tl.int32)
+    c_low = own + 1
+    rank = tl.zeros([BM, BJ], tl.int32)
     if WHOLE:
         rank = _ranks(importance, row, own, keep, 0, hk, kv_heads, blocks, num_initial, num_local, BJ)
-    # A row is settled once exactly n blocks reach its threshold, or because it has no more than n.
-    settled = (own < n) | (query >= q_len)
-    bit = 30
-    while (bit >= 0) & (tl.min(settled.to(tl.int32), 0) == 0):
-        trial = threshold | (1 << bit)
+        top, c_high = _top_and_forced(rank, top, c_high)
+        # At least n groups of blocks have a highest rank, and n blocks or more reach the lowest of those.
+        low = tl.maximum(tl.min(tl.max(tl.reshape(rank, [BM, BJ // GROUPS, GROUPS]), 1), 1), 0)
+        c_low = tl.sum((rank >= low[:, None]).to(tl.int32), 1)
+    else:
+        for j0 in tl.range(0, end, BJ):
+            ranks = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+            top, c_high = _top_and_forced(ranks, top, c_high)
+    high = top + 1
+    low, c_low = tl.where(c_high == n, INFINITY, low), tl.where(c_high == n, n, c_low)
+    few = (own < n) | (query >= q_len)
+    unsettled = (few == 0) & (c_low != n) & (high - low > 1)
+    step = 0
+    while tl.max(unsettled.to(tl.int32), 0) > 0:
+        trial = _trial(low, high, c_low, c_high, n, step)
         reached = tl.zeros([BM], tl.int32)
         if WHOLE:
             reached += tl.sum((rank >= trial[:, None]).to(tl.int32), 1)
@@ -78,17 +111,15 @@ def top_n_kernel(
             for j0 in tl.range(0, end, BJ):
                 ranks = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
                 reached += tl.sum((ranks >= trial[:, None]).to(tl.int32), 1)
-        threshold = tl.where((reached >= n) & (own >= n), trial, threshold)
-        settled = settled | (reached == n)
-        bit -= 1
-    if WHOLE:
-        higher += tl.sum((rank > threshold[:, None]).to(tl.int32), 1)
-    else:
-        for j0 in tl.range(0, end, BJ):
-            ranks = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
-            higher += tl.sum((ranks > threshold[:, None]).to(tl.int32), 1)
-
-    ties = n - higher  # places left for blocks at the threshold, the lowest first
+        up, down = unsettled & (reached >= n), unsettled & (reached < n)
+        low, c_low = tl.where(up, trial, low), tl.where(up, reached, c_low)
+        high, c_high = tl.where(down, trial, high), tl.where(down, reached, c_high)
+        unsettled = unsettled & (c_low != n) & (high - low > 1)
+        step += 1
+    # Blocks above the threshold are in; of those at it, the lowest fill the places that are left.
+    exact = few | (c_low == n)
+    threshold = tl.where(few, -1, tl.where(exact, low - 1, low))
+    ties = tl.where(exact, 0, n - c_high)
     out += ((batch * rows_q + q_row + query) * kv_heads + hk)[:, None] * n
     written = tl.zeros([BM], tl.int32)
     tied = tl.zeros([BM], tl.int32)
@@ -118,11 +149,10 @@ def select_blocks(
     num_initial: int, num_local: int, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     """q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``: int32 ``[B, TQ, HK, n]``."""
-    batch, rows = q.shape[:2]
+    batch, rows, _, dim = q.shape
     kv_heads = k.shape[2]
     out = torch.full((batch, rows, kv_heads, n), -1, dtype=torch.int32, device=q.device)
-    importance = launch.importance(q, stride, size)
-    tile = importance.queries
+    tile = tuning.importance(dim, q.dtype, tuning.arch(q.device)).block_m
     tiles = spans.query_tiles(tile)
     # No sequence has more tokens than these: its compressed blocks, and less than a block behind the last.
     tokens = spans.q_len + spans.offset if spans.table is None else (k.shape[1] + 1) * stride + length
@@ -131,7 +161,7 @@ def select_blocks(
     space = torch.empty(min(step, tiles.count) * tile, kv_heads, blocks, dtype=torch.float32, device=q.device)
     for tile0 in range(0, tiles.count, step):
         count = min(step, tiles.count - tile0)
-        importance.score(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale)
+        block_importance(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale)
         # The queries of one sequence see no block past their last: the first chunks rank fewer.
         alone = spans.table is None and spans.num_seqs == 1
         ranked = min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1) if alone else blocks
@@ -155,6 +185,7 @@ def _top_n(
     top_n_kernel[(count * (tile // rows), kv_heads)](
         importance, out, tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         spans.rows_q, kv_heads, blocks, size, n, num_initial, num_local,
-        TILE=tile, BM=rows, BJ=width, BN=triton.next_power_of_2(n), WHOLE=ranked <= width,
+        TILE=tile, BM=rows, BJ=width, BN=triton.next_power_of_2(n), GROUPS=min(width, triton.next_power_of_2(n)),
+        WHOLE=ranked <= width,
         PACKED=spans.packed, TABLE=spans.table is not None, num_warps=warps,
     )  # fmt: skip

@@ -1,47 +1,14 @@
-"""The Triton kernels as PyTorch operators: schema, fake kernel and autograd formula of each, and the backend made of them.
-
-Operators, not autograd functions, so that ``torch.compile`` sees one node where it would otherwise trace launches. Lengths
-travel as ``cu_q, cu_k, lens, seqlen_k``, the fields of ``SeqInfo``. Kernels are imported when the first operator runs.
-"""
+"""The steps as PyTorch operators: schema, fake kernel and autograd formula of each."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from nsa.config import NSAConfig
-from nsa.layout import SeqInfo
-
-_LENGTHS = "Tensor? cu_q, Tensor? cu_k, Tensor? lens, SymInt seqlen_k"
-Lengths = tuple[Tensor | None, Tensor | None, Tensor | None, int]
-
-
-def _lengths(info: SeqInfo) -> Lengths:
-    lens = info.seqlen_k if isinstance(info.seqlen_k, Tensor) else None
-    return info.cu_q, info.cu_k, lens, info.seqlen_k if isinstance(info.seqlen_k, int) else 0
-
-
-def _info(q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lens: Tensor | None, seqlen_k: int) -> SeqInfo:
-    if cu_q is not None:
-        return SeqInfo(1, q.shape[1], None, cu_q, cu_k)
-    return SeqInfo(q.shape[0], q.shape[1], seqlen_k if lens is None else lens)
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the tensor's GPU, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Kernels take rows that are contiguous, apart from each other and aligned to 16 bytes; others are copied."""
-    width = 16 // x.element_size()
-    apart = all(stride > 0 and stride % width == 0 for size, stride in zip(x.shape[:-1], x.stride()) if size > 1)
-    return x if x.stride(-1) == 1 and apart and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-
+from nsa.ops.arguments import LENGTHS, kernel_rows, on_device_of, sequence_info
 
 # Attention over an interval of the keys: the compressed branch and the window.
 
@@ -49,9 +16,9 @@ def _rows(x: Tensor) -> Tensor:
 @custom_op(
     "nsa::interval",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_LENGTHS}, int length, int stride, int window, float scale) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {LENGTHS}, int length, int stride, int window, float scale) -> (Tensor, Tensor)",
 )
-def interval(
+def interval_op(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lens: Tensor | None, seqlen_k: int,
     length: int, stride: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -59,12 +26,12 @@ def interval(
     from nsa.kernels.launch import interval_forward
     from nsa.kernels.triton.sequence import spans
 
-    with _on(q):
-        where = spans(q.shape[1], k.shape[1], _info(q, cu_q, cu_k, lens, seqlen_k), length, stride)
-        return interval_forward(_rows(q), _rows(k), _rows(v), where, length, stride, window, scale)
+    with on_device_of(q):
+        where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), length, stride)
+        return interval_forward(kernel_rows(q), kernel_rows(k), kernel_rows(v), where, length, stride, window, scale)
 
 
-@interval.register_fake
+@interval_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _attention_like(q, v)
 
@@ -78,23 +45,23 @@ def _attention_like(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     "nsa::interval_backward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, "
-    f"{_LENGTHS}, int length, int stride, int window, float scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)",
+    f"{LENGTHS}, int length, int stride, int window, float scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)",
 )
-def interval_backward(
+def interval_backward_op(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, lens: Tensor | None, seqlen_k: int,
     length: int, stride: int, window: int, scale: float, need_q: bool, need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; an empty tensor for what is not needed."""
     from nsa.kernels.triton import interval_backward as kernels
-    from nsa.kernels.triton.delta import row_delta
     from nsa.kernels.triton.sequence import spans
+    from nsa.kernels.triton.statistics import row_statistics
 
-    with _on(q):
-        q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-        where = spans(q.shape[1], k.shape[1], _info(q, cu_q, cu_k, lens, seqlen_k), length, stride)
-        delta = row_delta(o, do)
-        grads = kernels.interval_backward(q, k, v, do, lse, delta, where, length, stride, window, scale, (need_q, need_kv))
+    with on_device_of(q):
+        q, k, v, do = kernel_rows(q), kernel_rows(k), kernel_rows(v), kernel_rows(do)
+        where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), length, stride)
+        statistics = row_statistics(o, do, lse)
+        grads = kernels.interval_backward(q, k, v, do, *statistics, where, length, stride, window, scale, (need_q, need_kv))
     return _present(q, grads)
 
 
@@ -103,7 +70,7 @@ def _present(q: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tenso
     return dq, dk, dv
 
 
-@interval_backward.register_fake
+@interval_backward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_like(q, k, v, args[-2], args[-1])
 
@@ -125,7 +92,7 @@ def _interval_gradient(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tupl
     rest = (None,) * (3 + len(ctx.numbers))
     if do is None:
         return (None, None, None, *rest)
-    grads = interval_backward(q, k, v, o, lse, do, cu_q, cu_k, lens, *ctx.numbers, need_q, need_kv)
+    grads = interval_backward_op(q, k, v, o, lse, do, cu_q, cu_k, lens, *ctx.numbers, need_q, need_kv)
     return (*_wanted(grads, need_q, need_kv), *rest)
 
 
@@ -133,7 +100,7 @@ def _wanted(grads: tuple[Tensor, Tensor, Tensor], need_q: bool, need_kv: bool) -
     return (grads[0] if need_q else None, *(grads[1:] if need_kv else (None, None)))
 
 
-interval.register_autograd(_interval_gradient, setup_context=_save_interval)
+interval_op.register_autograd(_interval_gradient, setup_context=_save_interval)
 
 
 # The selection.
@@ -142,10 +109,10 @@ interval.register_autograd(_interval_gradient, setup_context=_save_interval)
 @custom_op(
     "nsa::select_blocks",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor lse, {_LENGTHS}, int length, int stride, int size, int n, int num_initial, "
+    schema=f"(Tensor q, Tensor k, Tensor lse, {LENGTHS}, int length, int stride, int size, int n, int num_initial, "
     "int num_local, float scale) -> Tensor",
 )
-def select(
+def select_op(
     q: Tensor, k: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lens: Tensor | None, seqlen_k: int,
     length: int, stride: int, size: int, n: int, num_initial: int, num_local: int, scale: float,
 ) -> Tensor:  # fmt: skip
@@ -153,12 +120,12 @@ def select(
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.top_n import select_blocks
 
-    with _on(q):
-        where = spans(q.shape[1], k.shape[1], _info(q, cu_q, cu_k, lens, seqlen_k), length, stride)
-        return select_blocks(_rows(q), _rows(k), lse, where, length, stride, size, n, num_initial, num_local, scale)
+    with on_device_of(q):
+        where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), length, stride)
+        return select_blocks(kernel_rows(q), kernel_rows(k), lse, where, length, stride, size, n, num_initial, num_local, scale)
 
 
-@select.register_fake
+@select_op.register_fake
 def _(q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
     n = args[7]
     return q.new_empty((q.shape[0], q.shape[1], k.shape[2], n), dtype=torch.int32)
@@ -170,9 +137,9 @@ def _(q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
 @custom_op(
     "nsa::selected",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor indices, {_LENGTHS}, int size, float scale) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor indices, {LENGTHS}, int size, float scale) -> (Tensor, Tensor)",
 )
-def selected(
+def selected_op(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, lens: Tensor | None, seqlen_k: int, size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -182,14 +149,14 @@ def selected(
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.union import union_lists
 
-    with _on(q):
-        where = spans(q.shape[1], k.shape[1], _info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
+    with on_device_of(q):
+        where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
         queries = tuning.union_queries(q.shape[2] // k.shape[2], indices.shape[-1])
         lists = union_lists(indices.contiguous(), where, queries, size)
-        return selected_forward(_rows(q), _rows(k), _rows(v), lists, where, size, scale)
+        return selected_forward(kernel_rows(q), kernel_rows(k), kernel_rows(v), lists, where, size, scale)
 
 
-@selected.register_fake
+@selected_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _attention_like(q, v)
 
@@ -198,9 +165,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     "nsa::selected_backward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor o, Tensor lse, Tensor do, "
-    f"{_LENGTHS}, int size, float scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)",
+    f"{LENGTHS}, int size, float scale, bool need_q, bool need_kv) -> (Tensor, Tensor, Tensor)",
 )
-def selected_backward(
+def selected_backward_op(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, o: Tensor, lse: Tensor, do: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, lens: Tensor | None, seqlen_k: int,
     size: int, scale: float, need_q: bool, need_kv: bool,
@@ -208,23 +175,22 @@ def selected_backward(
     """dq, dk, dv; an empty tensor for what is not needed."""
     from nsa import tuning
     from nsa.kernels.triton import selected_backward as kernels
-    from nsa.kernels.triton.delta import row_delta
     from nsa.kernels.triton.sequence import spans
+    from nsa.kernels.triton.statistics import row_statistics
     from nsa.kernels.triton.union import union_lists
 
-    with _on(q):
-        q, k, v, do, indices = _rows(q), _rows(k), _rows(v), _rows(do), indices.contiguous()
-        where = spans(q.shape[1], k.shape[1], _info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
+    with on_device_of(q):
+        q, k, v, do, indices = kernel_rows(q), kernel_rows(k), kernel_rows(v), kernel_rows(do), indices.contiguous()
+        where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
         queries = tuning.union_queries(q.shape[2] // k.shape[2], indices.shape[-1])
         lists = union_lists(indices, where, queries, size) if need_q else None
         grads = kernels.selected_backward(
-            q, k, v, do, lse, row_delta(o, do), indices, lists, where, size, scale,
-            (need_q, need_kv),
+            q, k, v, do, *row_statistics(o, do, lse), indices, lists, where, size, scale, (need_q, need_kv)
         )  # fmt: skip
     return _present(q, grads)
 
 
-@selected_backward.register_fake
+@selected_backward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_like(q, k, v, args[-2], args[-1])
 
@@ -241,11 +207,11 @@ def _selected_gradient(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tupl
     rest = (None,) * (4 + len(ctx.numbers))
     if do is None:
         return (None, None, None, *rest)
-    grads = selected_backward(q, k, v, indices, o, lse, do, cu_q, cu_k, lens, *ctx.numbers, need_q, need_kv)
+    grads = selected_backward_op(q, k, v, indices, o, lse, do, cu_q, cu_k, lens, *ctx.numbers, need_q, need_kv)
     return (*_wanted(grads, need_q, need_kv), *rest)
 
 
-selected.register_autograd(_selected_gradient, setup_context=_save_selected)
+selected_op.register_autograd(_selected_gradient, setup_context=_save_selected)
 
 
 # The gated sum.
@@ -255,7 +221,7 @@ selected.register_autograd(_selected_gradient, setup_context=_save_selected)
 def combine_op(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
     from nsa.kernels.triton.combine import combine
 
-    with _on(o_cmp):
+    with on_device_of(o_cmp):
         return combine(o_cmp.contiguous(), o_slc.contiguous(), o_win.contiguous(), gates.contiguous())
 
 
@@ -274,7 +240,7 @@ def combine_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from nsa.kernels.triton.combine import combine_backward
 
-    with _on(o_cmp):
+    with on_device_of(o_cmp):
         return combine_backward(o_cmp.contiguous(), o_slc.contiguous(), o_win.contiguous(), gates.contiguous(), do.contiguous())
 
 
@@ -298,8 +264,8 @@ combine_op.register_autograd(lambda ctx, do: combine_backward_op(*ctx.saved_tens
 def blocks_op(x: Tensor, cu_seqlens: Tensor | None, length: int, stride: int, mean: bool) -> Tensor:
     from nsa.kernels.triton.blocks import blocks
 
-    with _on(x):
-        return blocks(_rows(x), cu_seqlens, length, stride, mean)
+    with on_device_of(x):
+        return blocks(kernel_rows(x), cu_seqlens, length, stride, mean)
 
 
 @blocks_op.register_fake
@@ -318,7 +284,7 @@ def _(x: Tensor, cu_seqlens: Tensor | None, length: int, stride: int, mean: bool
 def blocks_backward_op(dout: Tensor, cu_seqlens: Tensor | None, tokens: int, length: int, stride: int, mean: bool) -> Tensor:
     from nsa.kernels.triton.blocks import blocks_backward
 
-    with _on(dout):
+    with on_device_of(dout):
         return blocks_backward(dout.contiguous(), cu_seqlens, tokens, length, stride, mean)
 
 
@@ -338,44 +304,3 @@ def _blocks_gradient(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 
 
 blocks_op.register_autograd(_blocks_gradient, setup_context=_save_blocks)
-
-
-# The backend: what ``_dispatch.Backend`` asks for.
-
-
-def compress_blocks(
-    x: Tensor, cfg: NSAConfig, cu_seqlens: Tensor | None, embedding: Tensor | None, weights: tuple[Tensor, ...]
-) -> Tensor:
-    if not weights:
-        return blocks_op(x, cu_seqlens, cfg.block_length, cfg.block_stride, True)
-    assert embedding is not None
-    blocks = blocks_op(x, cu_seqlens, cfg.block_length, cfg.block_stride, False)
-    first = torch.nn.functional.linear(blocks.flatten(-2), weights[0])
-    first = first + torch.nn.functional.linear(embedding.flatten().to(weights[0].dtype), weights[0]).to(first.dtype)
-    return first if len(weights) == 1 else torch.nn.functional.linear(torch.nn.functional.silu(first), weights[1])
-
-
-def compressed_attention(q: Tensor, k: Tensor, v: Tensor, cfg: NSAConfig, info: SeqInfo) -> tuple[Tensor, Tensor]:
-    o, lse = interval(q, k, v, *_lengths(info), cfg.block_length, cfg.block_stride, 0, cfg.softmax_scale)
-    return o, lse.detach().transpose(1, 2)
-
-
-def select_blocks(q: Tensor, k: Tensor, lse: Tensor, cfg: NSAConfig, info: SeqInfo) -> Tensor:
-    return select(
-        q.detach(), k.detach(), lse.detach(), *_lengths(info), cfg.block_length, cfg.block_stride, cfg.selection_block_size,
-        cfg.num_selected_blocks, cfg.num_initial_blocks, cfg.num_local_blocks, cfg.softmax_scale,
-    )  # fmt: skip
-
-
-def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cfg: NSAConfig, info: SeqInfo) -> Tensor:
-    o, _ = selected(q, k, v, indices, *_lengths(info), cfg.selection_block_size, cfg.softmax_scale)
-    return o
-
-
-def window_attention(q: Tensor, k: Tensor, v: Tensor, cfg: NSAConfig, info: SeqInfo) -> Tensor:
-    o, _ = interval(q, k, v, *_lengths(info), 1, 1, cfg.window_size, cfg.softmax_scale)
-    return o
-
-
-def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
-    return combine_op(o_cmp, o_slc, o_win, gates)
