@@ -43,8 +43,9 @@ def _top_and_forced(rank, top, forced):
 @triton.jit
 def _trial(low, high, c_low, c_high, n, step):
     """A rank between ``low`` and ``high``: where the n-th is if counts fall exponentially, every other time the middle."""
-    counts = tl.log2(c_low.to(tl.float32)), tl.log2(tl.maximum(c_high.to(tl.float32), 0.5))
-    share = (counts[0] - tl.log2(n.to(tl.float32))) / (counts[0] - counts[1])
+    # Of a settled row the counts may be 0 or equal; its trial is not used, but must be a number.
+    above, below = tl.log2(tl.maximum(c_low, 1).to(tl.float32)), tl.log2(tl.maximum(c_high.to(tl.float32), 0.5))
+    share = (above - tl.log2(n.to(tl.float32))) / tl.maximum(above - below, 1e-6)
     gap = high - low
     ahead = (gap.to(tl.float32) * tl.where(step % 2 == 0, share, 0.5)).to(tl.int32)
     return low + tl.minimum(tl.maximum(ahead, 1), gap - 1)
