@@ -11,7 +11,7 @@ import torch
 from nsa.bench.cases import Step
 
 WARM_UP = 25  # ms
-AT_LEAST = 3  # samples, however slow
+AT_LEAST = 5  # samples, however slow
 
 
 @dataclass(frozen=True)
