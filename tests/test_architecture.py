@@ -23,13 +23,15 @@ LAYERS = [
     {"train"},
     {"models"},
     {"module", "distributed"},
+    {"decode"},
     {"cache", "context"},
+    {"cache_store"},
     {"functional"},
     {"_dispatch"},
     {"ops"},
     {"kernels"},
     {"reference", "_validate", "_autocast"},
-    {"layout"},
+    {"layout", "cache_view", "paging"},
     {"config", "rope", "tuning", "_autocast"},
 ]
 HEIGHT = {name: -i for i, names in enumerate(LAYERS) for name in names}
