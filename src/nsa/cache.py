@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nsa import _validate
+from nsa import _dispatch, _validate
 from nsa.cache_store import BLOCKS, POOLS, RINGS, STEP, TAIL, TOKENS, WINDOW, CacheStore
 from nsa.cache_view import CacheView, WindowChunk
 from nsa.config import NSAConfig
+from nsa.decode_ops import decode_append
 from nsa.paging import BlockTable, PageAllocator
 
 Compress = Callable[[Tensor], Tensor]
@@ -83,6 +84,12 @@ class NSACache:
         self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
         self._chunk: WindowChunk | None = None
         self._dry = self._captured = False
+        self._kernels = self._limit.is_cuda and _dispatch.supports("triton", self._limit.device, self.dtype, cfg) is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all keys and values."""
+        return self._store.tensors["k_slc"].dtype
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -139,22 +146,14 @@ class NSACache:
             raise ValueError(f"T_new must be at most {STEP} inside a graph, got {added}")
         if frozen:
             self._captured = self._captured or not self._dry
-            room = self._store.room(added, self._limit)
-            self._overflow |= (~room).any()
         else:
             self._check_replays()
             self.reserve(added)
-        keep = room[:, None] if frozen else None
-        chunk = self._window_of_chunk(k_win, v_win) if added > STEP else None
-        self._append_blocks("k", k_cmp, compress_k, keep)
-        self._append_blocks("v", v_cmp, compress_v, keep)
-        positions = self._store.positions(added)
-        for name in TOKENS:
-            self._store.write_pages(name, positions, new[name], keep)
-        for ring, name in zip((*WINDOW, *TAIL), (*WINDOW, *BLOCKS)):
-            self._store.write_ring(ring, positions, new[name], keep)
-        self._store.lengths += added if keep is None else added * room
-        self._chunk = chunk
+        means = all(getattr(compress, "kind", None) == "mean" for compress in (compress_k, compress_v))
+        if self._kernels and means and added <= STEP:
+            self._append_step(list(new.values()))
+        else:
+            self._append_rows(new, compress_k, compress_v, frozen)
         if not frozen:
             self.advance(added)
 
@@ -297,6 +296,33 @@ class NSACache:
             self.cfg, t["k_slc"], t["v_slc"], t["k_cmp"], t["v_cmp"], t["k_win"], t["v_win"], table.device,
             self._store.lengths, self.lengths, tuple(self._longest), self.max_seq_len, table.fixed, self._chunk,
         )  # fmt: skip
+
+    def _append_step(self, new: list[Tensor]) -> None:
+        """One launch for all of a step, where blocks are means."""
+        t, store, cfg = self._store.tensors, self._store, self.cfg
+        decode_append(
+            new, [t[name] for name in POOLS], [t[name] for name in RINGS], store.table.device, store.lengths, self._limit,
+            self._overflow, not store.table.fixed, cfg.block_length, cfg.block_stride,
+        )  # fmt: skip
+        self._chunk = None
+
+    def _append_rows(self, new: dict[str, Tensor], compress_k: Compress, compress_v: Compress, frozen: bool) -> None:
+        """Any number of tokens; ``frozen``, what the device finds no room for goes nowhere."""
+        store, added, keep = self._store, new["k_cmp"].shape[1], None
+        if frozen:
+            room = store.room(added, self._limit)
+            self._overflow |= (~room).any()
+            keep = room[:, None]
+        chunk = self._window_of_chunk(new["k_win"], new["v_win"]) if added > STEP else None
+        self._append_blocks("k", new["k_cmp"], compress_k, keep)
+        self._append_blocks("v", new["v_cmp"], compress_v, keep)
+        positions = store.positions(added)
+        for name in TOKENS:
+            store.write_pages(name, positions, new[name], keep)
+        for ring, name in zip((*WINDOW, *TAIL), (*WINDOW, *BLOCKS)):
+            store.write_ring(ring, positions, new[name], keep)
+        store.lengths += added if keep is None else added * keep[:, 0]
+        self._chunk = chunk
 
     def _append_blocks(self, name: str, new: Tensor, compress: Compress, keep: Tensor | None) -> None:
         """Compress the blocks that ``new`` completes in the sequences of ``keep [B, 1]``; None where the host knows lengths."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsa import _validate
+from nsa import _dispatch, _validate
 from nsa.cache import NSACache
+from nsa.cache_store import STEP
+from nsa.decode_ops import decode
 from nsa.functional import combine, compressed_attention, select_blocks, selected_attention, window_attention
 
 
@@ -13,6 +15,9 @@ def cached_attention(
     q: Tensor, gates: Tensor, cache: NSACache, *, return_block_indices: bool = False, backend: str | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Native Sparse Attention of the newest tokens over all that the cache holds.
+
+    The kernels take up to 16 tokens in place; more of them, and the reference, go through the steps of ``nsa_attention``.
+    They wait for nothing and depend on no length on the host, so a CUDA graph can hold them. No gradient comes back.
 
     Args:
         q: ``[B, TQ, HQ, D]``, queries of the last TQ tokens, which were appended before.
@@ -37,6 +42,14 @@ def cached_attention(
     if q.shape[1] > min(cache.lengths) and not cache.frozen:
         raise ValueError(f"q must be at most the {min(cache.lengths)} tokens that were appended, got {q.shape[1]}")
     _validate.tensor("gates", gates, (*q.shape[:3], 3))
+    if (backend or _dispatch.default(q.device)) == "triton" and q.shape[1] <= STEP:
+        _dispatch.choose(backend, q.device, q.dtype, cfg)
+        _validate.tensor("q", q, tuple(q.shape), ("the cache", view.k_slc))
+        _validate.gates(gates, q)
+        o, indices = decode(q, gates, view)
+        return (o, indices) if return_block_indices else o
+    if cache.frozen:
+        raise ValueError(f"a graph can hold at most {STEP} queries of the kernels, got {q.shape[1]} with backend={backend!r}")
     k_cmp, v_cmp = view.compressed()
     o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, cfg, seqlen_k=view.seqlen_k, backend=backend)
     indices = select_blocks(q, k_cmp, lse, cfg, seqlen_k=view.seqlen_k, backend=backend)

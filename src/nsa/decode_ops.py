@@ -1,0 +1,74 @@
+"""The kernels of a decode step as PyTorch operators: one that changes a cache, one that attends to it. No gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from nsa.cache_view import CacheView
+from nsa.config import NSAConfig
+from nsa.ops import _on
+
+
+@custom_op(
+    "nsa::decode_append",
+    mutates_args=("pools", "rings", "lengths", "overflow"),
+    schema="(Tensor[] new, Tensor(a!)[] pools, Tensor(b!)[] rings, Tensor table, Tensor(c!) lengths, Tensor limit, "
+    "Tensor(d!) overflow, bool paged, int length, int stride) -> ()",
+)
+def decode_append(
+    new: list[Tensor], pools: list[Tensor], rings: list[Tensor], table: Tensor, lengths: Tensor, limit: Tensor,
+    overflow: Tensor, paged: bool, length: int, stride: int,
+) -> None:  # fmt: skip
+    """A step's tokens into the cache, and the means of the blocks that they complete."""
+    from nsa.kernels.triton.decode_append import decode_append as launch
+
+    with _on(table):
+        launch([x.contiguous() for x in new], pools, rings, table, lengths, limit, overflow, paged, length, stride)
+
+
+@decode_append.register_fake
+def _(*args: Any) -> None:
+    return None
+
+
+@custom_op(
+    "nsa::decode",
+    mutates_args=(),
+    schema="(Tensor q, Tensor gates, Tensor[] pools, Tensor[] rings, Tensor table, Tensor lengths, int max_seq_len, "
+    "bool paged, int length, int stride, int size, int n, int num_initial, int num_local, int window, float scale) "
+    "-> (Tensor, Tensor)",
+)
+def decode_op(
+    q: Tensor, gates: Tensor, pools: list[Tensor], rings: list[Tensor], table: Tensor, lengths: Tensor, max_seq_len: int,
+    paged: bool, length: int, stride: int, size: int, n: int, num_initial: int, num_local: int, window: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output ``[B, TQ, HQ, DV]`` and selected blocks int32 ``[B, TQ, HK, n]`` of the newest tokens."""
+    from nsa.kernels.triton.decode import decode as launch
+
+    kv_heads, value_dim = pools[1].shape[2:]
+    cfg = NSAConfig(q.shape[3], q.shape[2], kv_heads, value_dim, length, stride, size, n, num_initial, num_local, window, scale)
+    with _on(q):
+        return launch(q.contiguous(), gates.contiguous(), pools, rings, table, lengths, max_seq_len, paged, cfg)
+
+
+@decode_op.register_fake
+def _(q: Tensor, gates: Tensor, pools: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads = q.shape[:3]
+    kv_heads, value_dim = pools[1].shape[2:]
+    indices = torch.empty((batch, queries, kv_heads, args[7]), dtype=torch.int32, device=q.device)
+    return q.new_empty(batch, queries, heads, value_dim), indices
+
+
+def decode(q: Tensor, gates: Tensor, view: CacheView) -> tuple[Tensor, Tensor]:
+    """Attention of up to 16 newest tokens over a cache in place: o ``[B, TQ, HQ, DV]``, blocks int32 ``[B, TQ, HK, n]``."""
+    cfg = view.cfg
+    pools, rings = [view.k_slc, view.v_slc, view.k_cmp, view.v_cmp], [view.k_win, view.v_win]
+    return decode_op(
+        q, gates, pools, rings, view.table, view.lengths, view.max_seq_len, not view.contiguous,
+        cfg.block_length, cfg.block_stride, cfg.selection_block_size, cfg.num_selected_blocks, cfg.num_initial_blocks,
+        cfg.num_local_blocks, cfg.window_size, cfg.softmax_scale,
+    )  # fmt: skip

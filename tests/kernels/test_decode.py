@@ -1,0 +1,192 @@
+"""The kernels of a decode step: over caches in every layout, and appending to them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import nsa
+from tests import naive
+from tests.cases import Case, Inputs
+from tests.kernels.draws import shapes
+from tests.kernels.test_steps import check_selection
+from tests.steps import steps
+from tests.tolerance import assert_within_2x
+
+NAMES = ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win")
+PAGES = (None, 1, 3)  # selection blocks of a page
+QUERIES = {"cuda": (1, 2, 5, 16), "cpu": (1, 2, 3, 7)}
+MAX_CROP = 9
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """In deterministic mode PyTorch fills what ``torch.empty`` returns with NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+class Filled:
+    """A cache with a history of sequences of different lengths, over memory that held NaN, and the raw tokens beside it."""
+
+    def __init__(self, number: int, device: str, kernels: bool) -> None:
+        known = shapes(device)
+        shape, self.rng = known[number % len(known)], random.Random(number)
+        self.cfg, self.dtype, self.device = shape.config(self.rng), getattr(torch, shape.dtype), device
+        pages, batch = PAGES[number % len(PAGES)], self.rng.randint(1, 3 if device == "cuda" else 2)
+        longest = 600 if device == "cuda" else 60
+        self.draws = torch.Generator().manual_seed(number)
+        self.cache = nsa.NSACache(
+            self.cfg, batch, longest + MAX_CROP + 40, dtype=self.dtype, device=device, max_crop=MAX_CROP,
+            page_size=None if pages is None else pages * self.cfg.selection_block_size,
+        )  # fmt: skip
+        for x in self.cache._store._rows.values():
+            x.fill_(float("nan"))
+        self.cache._kernels = kernels
+        self.held: list[dict[str, Tensor]] = [
+            {name: torch.empty(0, self.cfg.num_kv_heads, self.width(name), dtype=self.dtype) for name in NAMES}
+        ] * batch
+        self.append(self.rng.choice([1, longest // 3, longest]))
+        self.crop()
+        for _ in range(2):
+            self.append(self.rng.randint(1, 16))
+
+    def width(self, name: str) -> int:
+        return self.cfg.head_dim if name[0] == "k" else self.cfg.value_dim
+
+    def draw(self, count: int, heads: int, dim: int) -> Tensor:
+        return torch.randn(len(self.held), count, heads, dim, generator=self.draws).to(self.dtype)
+
+    def append(self, count: int) -> None:
+        new = {name: self.draw(count, self.cfg.num_kv_heads, self.width(name)) for name in NAMES}
+        compress = [nsa.BlockCompressor(dim, self.cfg, "mean") for dim in (self.cfg.head_dim, self.cfg.value_dim)]
+        self.cache.append(*(x.to(self.device) for x in new.values()), *compress)
+        self.held = [{name: torch.cat([x, new[name][b]]) for name, x in held.items()} for b, held in enumerate(self.held)]
+
+    def crop(self) -> None:
+        lengths = [max(1, n - self.rng.randint(0, MAX_CROP)) for n in self.cache.lengths]
+        self.cache.crop(lengths)
+        self.held = [{name: x[:n] for name, x in held.items()} for n, held in zip(lengths, self.held)]
+
+    def case(self, queries: int) -> Case:
+        lens = self.cache.lengths
+        return Case(0, "rows past a tensor", self.cfg, (queries,) * len(lens), lens)
+
+    def inputs(self, queries: int) -> Inputs:
+        """Everything a call without a cache takes; blocks as the cache holds them, which has a test of its own."""
+        cfg = self.cfg
+        raw = {
+            name: torch.nn.utils.rnn.pad_sequence([held[name] for held in self.held], batch_first=True).to(self.device)
+            for name in NAMES[2:]
+        }
+        k_cmp, v_cmp = self.cache.view().compressed()
+        q = self.draw(queries, cfg.num_heads, cfg.head_dim).to(self.device)
+        gates = self.draw(queries, cfg.num_heads, 3).sigmoid().to(self.device)
+        return Inputs(q, k_cmp.nan_to_num(), v_cmp.nan_to_num(), **raw, gates=gates)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_step_over_any_cache(device: str, number: int) -> None:
+    filled = Filled(number, device, kernels=False)
+    queries = min(QUERIES[device][number % 4], *filled.cache.lengths)
+    case, low = filled.case(queries), filled.inputs(queries)
+    exact, plain = low.to(torch.float64), low.to(filled.dtype)
+    got, indices = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")
+    assert got.dtype == filled.dtype
+    check_selection(case, exact, indices)
+    ref, base = steps(case, exact, indices), naive.nsa_steps(case, plain, indices)
+    assert_within_2x(f"o of {case}", got, ref.o, base.o, filled.dtype)
+    again = nsa.cached_attention(low.q, low.gates, filled.cache, backend="triton")
+    assert torch.equal(got, again), f"{case} is not the same on a second run"
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_step_appends_what_the_reference_does(device: str, number: int) -> None:
+    kernel, plain = Filled(number, device, kernels=True), Filled(number, device, kernels=False)
+    assert kernel.cache.lengths == plain.cache.lengths
+    assert kernel.cache.view().lengths.tolist() == list(plain.cache.lengths)
+    for size in (1, 2, 7, 16):
+        if max(kernel.cache.lengths) + size <= kernel.cache.max_seq_len:
+            kernel.append(size)
+            plain.append(size)
+    mine, theirs = kernel.cache.state_dict(), plain.cache.state_dict()
+    for name, x in mine.items():
+        y = theirs[name]
+        if name in ("k_cmp", "v_cmp"):  # the order of a mean's sum is its own
+            rounding = torch.finfo(x.dtype).eps
+            torch.testing.assert_close(x, y, rtol=2 * rounding, atol=4 * rounding, equal_nan=True)
+        else:
+            assert torch.equal(x.nan_to_num(), y.nan_to_num()), name
+
+
+@pytest.mark.parametrize("pages", PAGES)
+def test_a_replayed_append_without_room(device: str, pages: int | None) -> None:
+    number = next(i for i in itertools.count() if PAGES[i % len(PAGES)] == pages)
+    filled = Filled(number, device, kernels=True)
+    filled.append(min(16, filled.cache.max_seq_len - max(filled.cache.lengths)))
+    while max(filled.cache.lengths) + 16 <= filled.cache.max_seq_len:
+        filled.append(16)
+    before, lengths = filled.cache.state_dict(), filled.cache.lengths
+    with mock.patch.object(nsa.NSACache, "frozen", True):
+        new = [filled.draw(16, filled.cfg.num_kv_heads, filled.width(name)).to(device) for name in NAMES]
+        compress = [nsa.BlockCompressor(dim, filled.cfg, "mean") for dim in (filled.cfg.head_dim, filled.cfg.value_dim)]
+        full = [n + 16 > filled.cache.max_seq_len for n in lengths]
+        filled.cache.append(*new, *compress)
+    with pytest.raises(RuntimeError, match="a replayed graph had no room or no page and wrote nothing"):
+        filled.cache.state_dict()
+    assert any(full)
+    after = filled.cache.state_dict()
+    for b, was_full in enumerate(full):
+        if was_full:
+            assert filled.cache.lengths[b] == lengths[b]
+            for name in ("k_win", "v_win", "k_tail", "v_tail"):
+                assert torch.equal(after[name][b].nan_to_num(), before[name][b].nan_to_num())
+            for name in ("k_slc", "v_slc"):
+                assert torch.equal(after[name][b, : lengths[b]], before[name][b, : lengths[b]])
+
+
+@pytest.mark.parametrize("pages", PAGES)
+def test_ties_go_to_the_lowest_block(device: str, pages: int | None) -> None:
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=6, num_kv_heads=2, block_length=8, block_stride=4, selection_block_size=8,
+        num_selected_blocks=5, num_initial_blocks=1, num_local_blocks=1, window_size=9,
+    )  # fmt: skip
+    cache = nsa.NSACache(cfg, 1, 90, dtype=torch.float32, device=device, page_size=None if pages is None else 8 * pages)
+    k = torch.randn(1, 90, 2, 16, device=device)
+    cache.append(k, k, k, k, k, k, nsa.BlockCompressor(16, cfg, "mean"), nsa.BlockCompressor(16, cfg, "mean"))
+    q, gates = torch.zeros(1, 2, 6, 16, device=device), torch.ones(1, 2, 6, 3, device=device)
+    _, indices = nsa.cached_attention(q, gates, cache, return_block_indices=True, backend="triton")
+    # q = 0: block 0 and its last neighbour count fewer strides, all others tie exactly.
+    assert indices[0, -1].tolist() == [[0, 1, 2, 3, 89 // 8]] * 2
+
+
+def test_more_blocks_than_a_program_ranks_at_once(device: str) -> None:
+    from nsa.kernels.triton import decode_select
+
+    filled = Filled(0, device, kernels=False)
+    low = filled.inputs(1)
+    want = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")[1]
+    with mock.patch.object(decode_select, "WIDEST", 4):
+        got = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")[1]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("programs", [1, 4000])
+def test_few_and_many_splits(device: str, programs: int) -> None:
+    from nsa import decode_tuning
+
+    filled = Filled(2, device, kernels=False)
+    queries = min(3, *filled.cache.lengths)
+    case, low = filled.case(queries), filled.inputs(queries)
+    exact, plain = low.to(torch.float64), low.to(filled.dtype)
+    with mock.patch.object(decode_tuning, "PROGRAMS", programs):
+        got, indices = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")
+    assert_within_2x("o", got, steps(case, exact, indices).o, naive.nsa_steps(case, plain, indices).o, filled.dtype)
