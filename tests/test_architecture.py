@@ -23,7 +23,7 @@ LAYERS = [
     {"train"},
     {"models"},
     {"module", "distributed"},
-    {"decode"},
+    {"decode", "decode_graph"},
     {"cache", "context"},
     {"cache_store"},
     {"functional"},

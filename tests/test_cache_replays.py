@@ -77,6 +77,13 @@ def test_a_dry_run_writes_nothing(stream: Stream) -> None:
     torch.testing.assert_close(stream.feed(cache, tokens[:, 17:]), stream.full(tokens)[:, 17:], **EXACT)
 
 
+def test_only_caches_on_a_gpu_can_be_captured(stream: Stream) -> None:
+    with pytest.raises(ValueError, match="caches must be on a CUDA device to be captured"):
+        nsa.DecodeGraph(lambda: None, [stream.cache(1, 8)])
+    with pytest.raises(ValueError, match="caches must be at least one"):
+        nsa.DecodeGraph(lambda: None, [])
+
+
 def test_a_graph_takes_a_step(stream: Stream) -> None:
     with pytest.raises(ValueError, match="T_new must be at most 16 inside a graph, got 17"):
         stream.replay(stream.cache(1, 40), Tokens.draw(1, 17))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nsa.config import NSAConfig, create_default_config
     from nsa.context import NSAContext
     from nsa.decode import cached_attention
+    from nsa.decode_graph import DecodeGraph
     from nsa.functional import (
         combine,
         compress_blocks,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOME = {
     "NSACache": "cache",
     "cached_attention": "decode",
+    "DecodeGraph": "decode_graph",
     "PageAllocator": "paging",
     "NSAConfig": "config",
     "create_default_config": "config",
@@ -47,6 +49,7 @@ _HOME = {
 
 __all__ = [
     "BlockCompressor",
+    "DecodeGraph",
     "NSACache",
     "NSAConfig",
     "NSAContext",

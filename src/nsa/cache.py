@@ -12,7 +12,7 @@ from nsa import _dispatch, _validate
 from nsa.cache_store import BLOCKS, POOLS, RINGS, STEP, TAIL, TOKENS, WINDOW, CacheStore
 from nsa.cache_view import CacheView, WindowChunk
 from nsa.config import NSAConfig
-from nsa.decode_ops import decode_append
+from nsa.decode_ops import decode_append, decode_blocks
 from nsa.paging import BlockTable, PageAllocator
 
 Compress = Callable[[Tensor], Tensor]
@@ -48,6 +48,8 @@ class NSACache:
         ValueError: a size that is not positive, a negative ``max_crop``, a ``page_size`` that cuts a selection block, an
             ``allocator`` without ``page_size``.
     """
+
+    MAX_STEP = STEP  # tokens that may be appended at once inside a graph
 
     def __init__(
         self,
@@ -87,6 +89,11 @@ class NSACache:
         self._kernels = self._limit.is_cuda and _dispatch.supports("triton", self._limit.device, self.dtype, cfg) is None
 
     @property
+    def device(self) -> torch.device:
+        """Of all keys and values."""
+        return self._limit.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all keys and values."""
         return self._store.tensors["k_slc"].dtype
@@ -104,8 +111,7 @@ class NSACache:
     @property
     def frozen(self) -> bool:
         """Whether the host learns nothing of what is appended: inside a CUDA graph's capture or a ``dry_run``."""
-        on_gpu = self._limit.device.type == "cuda"
-        return self._dry or (on_gpu and torch.cuda.is_current_stream_capturing())
+        return self._dry or (self._limit.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def next_positions(self, count: int) -> Tensor:
         """Positions of the next ``count`` tokens of each sequence: int64 ``[B, count]``, on the device."""
@@ -149,13 +155,12 @@ class NSACache:
         else:
             self._check_replays()
             self.reserve(added)
-        means = all(getattr(compress, "kind", None) == "mean" for compress in (compress_k, compress_v))
-        if self._kernels and means and added <= STEP:
-            self._append_step(list(new.values()))
+        if self._kernels and added <= STEP:
+            self._append_step(list(new.values()), compress_k, compress_v, frozen)
         else:
             self._append_rows(new, compress_k, compress_v, frozen)
         if not frozen:
-            self.advance(added)
+            self._grow(added)
 
     def reserve(self, count: int) -> None:
         """Make sure of room for ``count`` more tokens of each sequence, in pages of its own; ``append`` does so itself.
@@ -171,6 +176,10 @@ class NSACache:
 
     def advance(self, count: int) -> None:
         """Note that a replayed graph has appended ``count`` tokens to every sequence."""
+        self._chunk = None
+        self._grow(count)
+
+    def _grow(self, count: int) -> None:
         self._lengths = [n + count for n in self._lengths]
         self._longest = [max(a, b) for a, b in zip(self._longest, self._lengths)]
 
@@ -297,11 +306,22 @@ class NSACache:
             self._store.lengths, self.lengths, tuple(self._longest), self.max_seq_len, table.fixed, self._chunk,
         )  # fmt: skip
 
-    def _append_step(self, new: list[Tensor]) -> None:
-        """One launch for all of a step, where blocks are means."""
-        t, store, cfg = self._store.tensors, self._store, self.cfg
+    def _append_step(self, new: list[Tensor], compress_k: Compress, compress_v: Compress, frozen: bool) -> None:
+        """A step by kernels: one launch where blocks are means, and one more before a compressor that learned."""
+        t, store, cfg, added = self._store.tensors, self._store, self.cfg, new[0].shape[1]
+        made = None
+        if not all(getattr(compress, "kind", None) == "mean" for compress in (compress_k, compress_v)):
+            count = (added - 1) // cfg.block_stride + 1 if frozen else self._blocks_completed_by(added)
+            made = [x[:, :0] for x in new[:2]]
+            if count:
+                tails = (t[name] for name in TAIL)
+                raw = decode_blocks(new[0], new[1], *tails, store.lengths, count, cfg.block_length, cfg.block_stride)
+                made = [
+                    self._compressed(name, compress, x.flatten(0, 1)).view(self.batch_size, count, *x.shape[3:])
+                    for name, compress, x in zip("kv", (compress_k, compress_v), raw)
+                ]
         decode_append(
-            new, [t[name] for name in POOLS], [t[name] for name in RINGS], store.table.device, store.lengths, self._limit,
+            new, made, [t[name] for name in POOLS], [t[name] for name in RINGS], store.table.device, store.lengths, self._limit,
             self._overflow, not store.table.fixed, cfg.block_length, cfg.block_stride,
         )  # fmt: skip
         self._chunk = None
@@ -330,18 +350,26 @@ class NSACache:
         length, stride = cfg.block_length, cfg.block_stride
         count, held = (added - 1) // stride + 1, length - 1
         if keep is None:
-            blocks_of = cfg.num_compressed_blocks
-            count, held = max(blocks_of(n + added) - blocks_of(n) for n in self._lengths), min(held, max(self._lengths))
+            count, held = self._blocks_completed_by(added), min(held, max(self._lengths))
         if count == 0:
             return
         blocks = store.next_blocks(count)
         start: Tensor | int = blocks[:, 0] * stride - store.lengths + held
         if keep is None and self._level:
             start = cfg.num_compressed_blocks(self._lengths[0]) * stride - self._lengths[0] + held
-        made = compress(store.newest(f"{name}_tail", held, new, start, (count - 1) * stride + length))
-        _validate.tensor(f"compress_{name}'s blocks", made, (self.batch_size, count, *new.shape[2:]), ("the cache", new))
+        made = self._compressed(name, compress, store.newest(f"{name}_tail", held, new, start, (count - 1) * stride + length))
         done = blocks * stride + length <= store.lengths[:, None] + added
         store.write_pages(f"{name}_cmp", blocks + store.lead, made, done if keep is None else done & keep)
+
+    def _blocks_completed_by(self, added: int) -> int:
+        """The most blocks that ``added`` tokens complete in a sequence."""
+        blocks = self.cfg.num_compressed_blocks
+        return max(blocks(n + added) - blocks(n) for n in self._lengths)
+
+    def _compressed(self, name: str, compress: Compress, tokens: Tensor) -> Tensor:
+        """What the caller's compressor makes of ``tokens [b, T, HK, D]``, checked."""
+        made, shape = compress(tokens), (len(tokens), self.cfg.num_compressed_blocks(tokens.shape[1]), *tokens.shape[2:])
+        return _validate.tensor(f"compress_{name}'s blocks", made, shape, ("the cache", tokens))
 
     def _window_of_chunk(self, k_win: Tensor, v_win: Tensor) -> WindowChunk:
         """What the windows of a chunk's queries reach: the chunk, and ``w - 1`` tokens before it."""

@@ -16,23 +16,46 @@ from nsa.ops import _on
 @custom_op(
     "nsa::decode_append",
     mutates_args=("pools", "rings", "lengths", "overflow"),
-    schema="(Tensor[] new, Tensor(a!)[] pools, Tensor(b!)[] rings, Tensor table, Tensor(c!) lengths, Tensor limit, "
-    "Tensor(d!) overflow, bool paged, int length, int stride) -> ()",
+    schema="(Tensor[] new, Tensor[]? made, Tensor(a!)[] pools, Tensor(b!)[] rings, Tensor table, Tensor(c!) lengths, "
+    "Tensor limit, Tensor(d!) overflow, bool paged, int length, int stride) -> ()",
 )
 def decode_append(
-    new: list[Tensor], pools: list[Tensor], rings: list[Tensor], table: Tensor, lengths: Tensor, limit: Tensor,
-    overflow: Tensor, paged: bool, length: int, stride: int,
+    new: list[Tensor], made: list[Tensor] | None, pools: list[Tensor], rings: list[Tensor], table: Tensor, lengths: Tensor,
+    limit: Tensor, overflow: Tensor, paged: bool, length: int, stride: int,
 ) -> None:  # fmt: skip
-    """A step's tokens into the cache, and the means of the blocks that they complete."""
+    """A step's tokens into the cache, and the blocks that they complete: what was ``made`` of them, or else their means."""
     from nsa.kernels.triton.decode_append import decode_append as launch
 
     with _on(table):
-        launch([x.contiguous() for x in new], pools, rings, table, lengths, limit, overflow, paged, length, stride)
+        made = None if made is None else [x.contiguous() for x in made]
+        launch([x.contiguous() for x in new], made, pools, rings, table, lengths, limit, overflow, paged, length, stride)
 
 
 @decode_append.register_fake
 def _(*args: Any) -> None:
     return None
+
+
+@custom_op(
+    "nsa::decode_blocks",
+    mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor k_tail, Tensor v_tail, Tensor lengths, int count, int length, int stride) "
+    "-> (Tensor, Tensor)",
+)
+def decode_blocks(
+    k: Tensor, v: Tensor, k_tail: Tensor, v_tail: Tensor, lengths: Tensor, count: int, length: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """The tokens of the next ``count`` blocks, for a compressor: ``[B, count, l, HK, D]`` and ``[B, count, l, HK, DV]``."""
+    from nsa.kernels.triton.decode_append import decode_blocks as launch
+
+    with _on(k):
+        return launch((k.contiguous(), v.contiguous()), (k_tail, v_tail), lengths, count, length, stride)
+
+
+@decode_blocks.register_fake
+def _(k: Tensor, v: Tensor, k_tail: Tensor, v_tail: Tensor, lengths: Tensor, count: int, length: int, stride: int) -> Any:
+    a, b = (x.new_empty(x.shape[0], count, length, *x.shape[2:]) for x in (k, v))
+    return a, b
 
 
 @custom_op(

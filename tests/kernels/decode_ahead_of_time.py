@@ -25,8 +25,11 @@ def compile_steps(target: str, dtype: torch.dtype, dim: int, value_dim: int) -> 
         q, gates = torch.zeros(2, queries, 2 * group, dim, dtype=dtype), torch.zeros(2, queries, 2 * group, 3, dtype=dtype)
         cache._kernels = True
         with compiling(target) as found:
-            mean = nsa.BlockCompressor(dim, cfg, "mean")
-            cache.append(k, v, k, v, k, v, mean, mean)
+            for kind in ("mean", "linear"):
+                compress_k, compress_v = (nsa.BlockCompressor(width, cfg, kind, dtype=dtype) for width in (dim, value_dim))
+                cache.crop(0)
+                for _ in range(32 // queries + 1):  # until a block is complete
+                    cache.append(k, v, k, v, k, v, compress_k, compress_v)
             decode(q, gates, cache.view())
         used = {kernel: max(found.get(kernel, 0), used.get(kernel, 0)) for kernel in {*found, *used}}
     return used
