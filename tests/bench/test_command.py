@@ -220,7 +220,7 @@ def test_timing_takes_at_least_three_samples_after_a_warm_up():
 
 def test_the_module_runs_as_a_program():
     found = subprocess.run(
-        [sys.executable, "-m", "nsa.bench", "--help"], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "nsa.bench", "steps", "--help"], capture_output=True, text=True, check=True,
         env={"PYTHONPATH": str(Path(nsa.__file__).parents[1])},
     )  # fmt: skip
     assert "--lengths" in found.stdout

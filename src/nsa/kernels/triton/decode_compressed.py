@@ -30,6 +30,13 @@ def pool_rows(index, keep, batch, table, max_pages, rows, PER_PAGE: tl.constexpr
 
 
 @triton.jit
+def stream_rows(base, offsets, dims, keep, DIM: tl.constexpr):
+    """``load_rows`` of what nobody reads again: it should not push out of the L2 what somebody does."""
+    inside = keep[:, None] & (dims < DIM)[None, :]
+    return tl.load(base + offsets[:, None] + dims[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def store_part(o, lse, row, part, parts, keep, out, row_lse, DV: tl.constexpr, BDV: tl.constexpr):
     """One part's output and lse of the query rows ``row``: o ``[rows, parts, DV]``, lse ``[rows, parts]``."""
     dims = tl.arange(0, BDV)
@@ -83,11 +90,12 @@ def decode_compressed_kernel(
             block = n + tl.arange(0, BN)
             inside = block < stop
             at = pool_rows(block + lead, inside, batch, table, max_pages, rows, PER_PAGE) * kv_heads + hk
-            kt = load_rows(k, at * D, dims, inside, D)  # [BN, BD]
+            kt = stream_rows(k, at * D, dims, inside, D)  # [BN, BD]
             s = dot(qt, kt.T)  # [BM, BN]
-            tl.store(scores + row[:, None] * blocks + block[None, :], s, mask=keep[:, None] & inside[None, :])
+            at_scores = scores + row[:, None] * blocks + block[None, :]
+            tl.store(at_scores, s, mask=keep[:, None] & inside[None, :], eviction_policy="evict_last")
             s = tl.where(inside[None, :] & (block[None, :] < seen[:, None]), s, float("-inf"))
-            vt = load_rows(v, at * DV, dims_v, inside, DV)  # [BN, BDV]
+            vt = stream_rows(v, at * DV, dims_v, inside, DV)  # [BN, BDV]
             m, l, acc = softmax_step(s, scale, vt, m, l, acc)
     out, row_lse = softmax_end(m, l, acc)
     store_part(o, lse, row, part, parts, keep, out, row_lse, DV, BDV)

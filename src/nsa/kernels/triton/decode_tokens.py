@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa import tuning
 from nsa.decode_tuning import TokenSplits
-from nsa.kernels.triton.decode_compressed import pool_rows, store_part
+from nsa.kernels.triton.decode_compressed import pool_rows, store_part, stream_rows
 from nsa.kernels.triton.tile import LOG2E, LOWEST, dot, load_rows, softmax_end, softmax_step, wide
 from nsa.tuning import Tile
 
@@ -74,9 +74,9 @@ def decode_tokens_kernel(
         at_win = wide(batch) * slots + tl.where(slot >= slots, slot - slots, slot)
         keep = tl.where(windowed, offset < count, keep_slc)
         at = tl.where(windowed, at_win, at_slc) * kv_heads + hk
-        kt = load_rows(k, at * D, tl.arange(0, BD), keep, D)  # [BN, BD]
+        kt = stream_rows(k, at * D, tl.arange(0, BD), keep, D)  # [BN, BD]
         s = tl.where(keep[None, :], dot(qt, kt.T), float("-inf"))  # [BM, BN]
-        vt = load_rows(v, at * DV, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
+        vt = stream_rows(v, at * DV, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
         m, l, acc = softmax_step(s, scale, vt, m, l, acc)
     out, row_lse = softmax_end(m, l, acc)
     store_part(o, lse, row, first_part + part, parts, keep_row, out, row_lse, DV, BDV)
