@@ -78,7 +78,7 @@ def test_a_dry_run_writes_nothing(stream: Stream) -> None:
 
 
 def test_only_caches_on_a_gpu_can_be_captured(stream: Stream) -> None:
-    with pytest.raises(ValueError, match="caches must be on a CUDA device to be captured"):
+    with pytest.raises(ValueError, match="caches must be on a GPU, and such that the kernels take them, got cpu"):
         nsa.DecodeGraph(lambda: None, [stream.cache(1, 8)])
     with pytest.raises(ValueError, match="caches must be at least one"):
         nsa.DecodeGraph(lambda: None, [])

@@ -109,6 +109,11 @@ class NSACache:
         return self._store.table.allocator
 
     @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step: the kernels compute on this device, dtype and configuration."""
+        return self._kernels and self.device.type == "cuda"
+
+    @property
     def frozen(self) -> bool:
         """Whether the host learns nothing of what is appended: inside a CUDA graph's capture or a ``dry_run``."""
         return self._dry or (self._limit.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -33,7 +33,7 @@ class DecodeGraph(Generic[Out]):
         output: what the step returned; every replay writes the same tensors anew.
 
     Raises:
-        ValueError: no cache, a cache that is not on a CUDA device, or a ``count`` that is not from 1 to 16.
+        ValueError: no cache, one that is not on a GPU or that the kernels can't take, or a ``count`` that is not from 1 to 16.
     """
 
     def __init__(self, step: Callable[[], Out], caches: Iterable[NSACache], count: int = 1) -> None:
@@ -41,8 +41,10 @@ class DecodeGraph(Generic[Out]):
         if not self._caches:
             raise ValueError("caches must be at least one")
         device = self._caches[0].device
-        if any(cache.device.type != "cuda" for cache in self._caches):
-            raise ValueError("caches must be on a CUDA device to be captured")
+        if not all(cache.capturable for cache in self._caches):
+            raise ValueError(
+                f"caches must be on a GPU, and such that the kernels take them, got {device} and {self._caches[0].dtype}"
+            )
         if not 1 <= count <= NSACache.MAX_STEP:
             raise ValueError(f"count must be from 1 to {NSACache.MAX_STEP}, got {count}")
         self._graph = torch.cuda.CUDAGraph()
