@@ -79,10 +79,13 @@ def decode_op(
 
 
 @decode_op.register_fake
-def _(q: Tensor, gates: Tensor, pools: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, gates: Tensor, pools: list[Tensor], rings: list[Tensor], table: Tensor, lengths: Tensor, max_seq_len: int,
+    paged: bool, length: int, stride: int, size: int, n: int, *args: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, queries, heads = q.shape[:3]
     kv_heads, value_dim = pools[1].shape[2:]
-    indices = torch.empty((batch, queries, kv_heads, args[7]), dtype=torch.int32, device=q.device)
+    indices = torch.empty((batch, queries, kv_heads, n), dtype=torch.int32, device=q.device)
     return q.new_empty(batch, queries, heads, value_dim), indices
 
 

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 import nsa
+from nsa import tuning
+from nsa.cache_store import POOLS, RINGS
+from nsa.reference.chunks import Chunk
+from nsa.reference.select import block_importance
 from tests import naive
 from tests.cases import Case, Inputs
 from tests.kernels.draws import shapes
@@ -190,14 +194,77 @@ def test_more_blocks_than_a_program_ranks_at_once(device: str) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("splits", [1, 3])
+def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: int) -> None:
+    """Block by block: what a top-n lets through could hide a wrong weight, or a part's lse that is missing."""
+    from nsa.decode_tuning import importance_tile
+    from nsa.kernels.triton.decode_compressed import decode_compressed
+    from nsa.kernels.triton.decode_select import decode_importance
+
+    filled = Filled(number, device, kernels=False)
+    cfg, view, queries = filled.cfg, filled.cache.view(), min(2, *filled.cache.lengths)
+    q = filled.draw(queries, cfg.num_heads, cfg.head_dim).to(device)
+    blocks, selection = (count(view.max_seq_len) for count in (cfg.num_compressed_blocks, cfg.num_selection_blocks))
+    make = lambda *shape: torch.full((len(q), queries, *shape), float("nan"), device=device)
+    o, lse, scores = make(cfg.num_heads, 9, cfg.value_dim), make(cfg.num_heads, 9), make(cfg.num_heads, blocks)
+    got, sizes = make(cfg.num_kv_heads, selection), (cfg.block_length, cfg.block_stride)
+    decode_compressed(
+        q, view.k_cmp, view.v_cmp, view.table, view.lengths, o, lse, scores, splits, tuning.Tile(16, 16, 4, 1),
+        not view.contiguous, *sizes, cfg.softmax_scale,
+    )  # fmt: skip
+    decode_importance(
+        scores, lse, view.lengths, got, splits, importance_tile(cfg), *sizes, cfg.selection_block_size, cfg.softmax_scale
+    )
+    k_cmp, v_cmp = (x.double().nan_to_num() for x in view.compressed())
+    for b, length in enumerate(view.host_lengths):
+        mine, k, v = q[b : b + 1].double(), k_cmp[b : b + 1], v_cmp[b : b + 1]
+        row_lse = nsa.compressed_attention(mine, k, v, cfg, seqlen_k=length, backend="reference")[1]
+        k = k[:, : cfg.num_compressed_blocks(length)]
+        want = block_importance(mine, k, row_lse, Chunk(slice(0, queries), length - queries, length), cfg)[0]  # [HK, TQ, M]
+        for t in range(queries):
+            own = (length - queries + t) // cfg.selection_block_size + 1
+            torch.testing.assert_close(got[b, t, :, :own].double(), want[:, t, :own], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("programs", [1, 4000])
-def test_few_and_many_splits(device: str, programs: int) -> None:
+def test_few_and_many_parts(device: str, programs: int) -> None:
+    """Of each branch, down to a tile of 16 keys a part: none of the others' lse may be missing from the selection's."""
     from nsa import decode_tuning
 
-    filled = Filled(2, device, kernels=False)
+    filled = Filled(1, device, kernels=False)
     queries = min(3, *filled.cache.lengths)
     case, low = filled.case(queries), filled.inputs(queries)
     exact, plain = low.to(torch.float64), low.to(filled.dtype)
-    with mock.patch.object(decode_tuning, "PROGRAMS", programs):
+    small = mock.patch.object(decode_tuning, "tile", return_value=tuning.Tile(16, 16, 4, 1))
+    with mock.patch.object(decode_tuning, "PROGRAMS", programs), small:
         got, indices = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")
+    assert filled.cfg.num_compressed_blocks(max(filled.cache.lengths)) > 16
+    check_selection(case, exact, indices)
     assert_within_2x("o", got, steps(case, exact, indices).o, naive.nsa_steps(case, plain, indices).o, filled.dtype)
+
+
+def test_the_operators_are_what_their_schemas_say(device: str) -> None:
+    from nsa import decode_ops
+
+    filled = Filled(0, device, kernels=False)
+    view, cfg, low = filled.cache.view(), filled.cfg, filled.inputs(1)
+    tensors, store = filled.cache._store.tensors, filled.cache._store
+    pools, rings = ([tensors[name] for name in names] for names in (POOLS, RINGS))
+    sizes = cfg.block_length, cfg.block_stride
+    new = [filled.draw(1, cfg.num_kv_heads, filled.width(name)).to(device) for name in NAMES]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(decode_ops.decode_blocks, (*new[:2], *rings[2:], store.lengths, 1, *sizes), test_utils=tests)
+    torch.library.opcheck(
+        decode_ops.decode_op,
+        (
+            low.q.detach(), low.gates.detach(), pools, rings[:2], view.table, view.lengths, view.max_seq_len, False, *sizes,
+            cfg.selection_block_size, cfg.num_selected_blocks, cfg.num_initial_blocks, cfg.num_local_blocks, cfg.window_size,
+            cfg.softmax_scale,
+        ),
+        test_utils=tests,
+    )  # fmt: skip
+    limit, overflow = filled.cache._limit, filled.cache._overflow
+    for made in (None, [x[:, :0] for x in new[:2]]):
+        arguments = (new, made, pools, rings, view.table, store.lengths, limit, overflow, False, *sizes)
+        torch.library.opcheck(decode_ops.decode_append, arguments, test_utils=tests)
