@@ -37,6 +37,7 @@ sanitize: $(STAMP)
 
 compile: $(STAMP)
 	$(VENV)/bin/python tests/kernels/ahead_of_time.py
+	$(VENV)/bin/python -m tests.kernels.decode_ahead_of_time
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ CFG = nsa.NSAConfig(
     head_dim=4, num_heads=6, num_kv_heads=2, value_dim=3, block_length=4, block_stride=2, selection_block_size=4,
     num_selected_blocks=4, num_local_blocks=1, window_size=5,
 )  # fmt: skip
+# Contiguous, a page for each selection block, and pages that neither the ring nor the sequences are a multiple of.
+LAYOUTS = {"contiguous": {}, "pages of 4": {"page_size": 4}, "pages of 12": {"page_size": 12}}
 KEYS_VALUES = ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win")
 
 
@@ -47,16 +51,19 @@ class Tokens:
 
 
 class Stream:
-    """A cache with its compressors: feeds tokens, and knows what the full forward gives."""
+    """A cache with its compressors: feeds tokens, and knows what the full forward gives.
 
-    def __init__(self, dtype: torch.dtype = torch.float64, kind: str = "mlp") -> None:
+    ``options`` are those of every cache, such as its ``page_size``.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float64, kind: str = "mlp", **options: Any) -> None:
         torch.manual_seed(0)
-        self.dtype = dtype
+        self.dtype, self.options = dtype, options
         self.compress_k = nsa.BlockCompressor(CFG.head_dim, CFG, kind, dtype=dtype)
         self.compress_v = nsa.BlockCompressor(CFG.value_dim, CFG, kind, dtype=dtype)
 
-    def cache(self, batch: int, room: int, **options: int) -> nsa.NSACache:
-        return nsa.NSACache(CFG, batch, room, dtype=self.dtype, **options)
+    def cache(self, batch: int, room: int, **options: Any) -> nsa.NSACache:
+        return nsa.NSACache(CFG, batch, room, dtype=self.dtype, **self.options, **options)
 
     def append(self, cache: nsa.NSACache, new: Tokens) -> None:
         cache.append(*(new.tensors[name] for name in KEYS_VALUES), self.compress_k, self.compress_v)
@@ -66,8 +73,19 @@ class Stream:
         self.append(cache, new)
         return nsa.cached_attention(new.tensors["q"], new.tensors["gates"], cache)
 
-    @torch.no_grad()
+    def replay(self, cache: nsa.NSACache, new: Tokens) -> None:
+        """Append as a replayed graph does: the host learns nothing."""
+        with mock.patch.object(nsa.NSACache, "frozen", True):
+            self.append(cache, new)
+
     def full(self, tokens: Tokens) -> Tensor:
+        """The output ``[B, T, HQ, DV]`` of all tokens at once."""
+        return self.full_with_blocks(tokens)[0]
+
+    @torch.no_grad()
+    def full_with_blocks(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The output, and the blocks that were selected."""
         x = tokens.tensors
         k_cmp, v_cmp = self.compress_k(x["k_cmp"]), self.compress_v(x["v_cmp"])
-        return nsa.nsa_attention(x["q"], k_cmp, v_cmp, x["k_slc"], x["v_slc"], x["k_win"], x["v_win"], x["gates"], CFG)
+        keys_values = k_cmp, v_cmp, x["k_slc"], x["v_slc"], x["k_win"], x["v_win"]
+        return nsa.nsa_attention(x["q"], *keys_values, x["gates"], CFG, return_block_indices=True)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import nsa
-from tests.streams import CFG, KEYS_VALUES, Stream, Tokens
+from tests.streams import CFG, KEYS_VALUES, LAYOUTS, Stream, Tokens
 
 T = 43
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
-@pytest.fixture
-def stream() -> Stream:
-    return Stream()
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def stream(request: pytest.FixtureRequest) -> Stream:
+    return Stream(**request.param)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,9 @@ def stream() -> Stream:
     ids=["decode", "prefill", "sevens", "mixed", "late"],
 )
 @pytest.mark.parametrize("kind", ["mlp", "linear", "mean"])
-def test_decode_and_chunked_prefill(kind: str, chunks: list[int]) -> None:
-    stream = Stream(kind=kind)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decode_and_chunked_prefill(kind: str, chunks: list[int], layout: str) -> None:
+    stream = Stream(kind=kind, **LAYOUTS[layout])
     tokens = Tokens.draw(2, T)
     want, cache = stream.full(tokens), stream.cache(2, T)
     for start, size in zip([sum(chunks[:i]) for i in range(len(chunks))], chunks):
@@ -191,7 +192,7 @@ def test_a_state_of_another_shape_is_refused(stream: Stream, batch: int, room: i
     cache = stream.cache(2, 40)
     stream.feed(cache, Tokens.draw(2, 17))
     other = nsa.NSACache(cfg, batch, room, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"state\['raw\..*'\] must fit into \[.*\], got \[.*\]"):
+    with pytest.raises(ValueError, match=r"state\['.*'\] must have shape \[.*\], got \[|at most max_seq_len=16 tokens, got 17"):
         other.load_state_dict(cache.state_dict())
     assert set(other.lengths) == {0}
 
@@ -200,14 +201,14 @@ def test_a_state_of_other_blocks_is_refused(stream: Stream) -> None:
     cache = stream.cache(2, 40)
     stream.feed(cache, Tokens.draw(2, 17))
     other = nsa.NSACache(replace(CFG, block_stride=1), 2, 40, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"state\['compressed\.k'\] must hold 14 blocks for 17 tokens, got 7"):
+    with pytest.raises(ValueError, match=r"state\['k_cmp'\] must have shape \[2, 14, 2, 4\], got \[2, 7, 2, 4\]"):
         other.load_state_dict(cache.state_dict())
 
 
 def test_a_state_with_a_missing_part_is_refused(stream: Stream) -> None:
     state = stream.cache(2, 40).state_dict()
-    del state["raw.k_slc"], state["lengths"]
-    with pytest.raises(ValueError, match=r"state must hold raw\.k_slc, lengths"):
+    del state["k_slc"], state["lengths"]
+    with pytest.raises(ValueError, match="state must hold k_slc, lengths"):
         stream.cache(2, 40).load_state_dict(state)
 
 
@@ -265,10 +266,12 @@ def test_queries_are_checked(stream: Stream) -> None:
         ((CFG, 0, 4), {}, ValueError, "batch_size and max_seq_len must be positive, got 0 and 4"),
         ((CFG, 1, 0), {}, ValueError, "batch_size and max_seq_len must be positive, got 1 and 0"),
         ((CFG, 1, 4), {"max_crop": -1}, ValueError, "max_crop must be at least 0, got -1"),
-        ((CFG, 1, 4), {"page_size": 16}, NotImplementedError, "page_size must be None.*got 16"),
+        ((CFG, 1, 4), {"page_size": 0}, ValueError, "page_size must be a multiple of selection_block_size=4, got 0"),
+        ((CFG, 1, 4), {"page_size": 10}, ValueError, "page_size must be a multiple of selection_block_size=4, got 10"),
+        ((CFG, 1, 4), {"allocator": nsa.PageAllocator(3)}, ValueError, "allocator must be None without page_size"),
         ((None, 1, 4), {}, TypeError, r"cfg must be an nsa\.NSAConfig, got NoneType"),
     ],
-    ids=range(5),
+    ids=range(7),
 )
 def test_what_a_cache_cannot_be(arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -9,9 +9,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nsa.cache import NSACache, cached_attention
+    from nsa.cache import NSACache
     from nsa.config import NSAConfig, create_default_config
     from nsa.context import NSAContext
+    from nsa.decode import cached_attention
+    from nsa.decode_graph import DecodeGraph
     from nsa.functional import (
         combine,
         compress_blocks,
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
         window_attention,
     )
     from nsa.module import BlockCompressor, NativeSparseAttention
+    from nsa.paging import PageAllocator
 
 __version__ = "0.1.0"
 
 _HOME = {
     "NSACache": "cache",
-    "cached_attention": "cache",
+    "cached_attention": "decode",
+    "DecodeGraph": "decode_graph",
+    "PageAllocator": "paging",
     "NSAConfig": "config",
     "create_default_config": "config",
     "NSAContext": "context",
@@ -44,10 +49,12 @@ _HOME = {
 
 __all__ = [
     "BlockCompressor",
+    "DecodeGraph",
     "NSACache",
     "NSAConfig",
     "NSAContext",
     "NativeSparseAttention",
+    "PageAllocator",
     "cached_attention",
     "combine",
     "compress_blocks",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nsa import _validate
-from nsa.cache import NSACache, cached_attention
+from nsa.cache import NSACache
 from nsa.config import NSAConfig
+from nsa.decode import cached_attention
 from nsa.functional import compress_blocks, nsa_attention
 from nsa.rope import apply_rope, positions_in
 
@@ -189,7 +190,7 @@ class NativeSparseAttention(nn.Module):
         steps = torch.arange(x.shape[1], device=x.device)
         if cache is None:
             return steps
-        return torch.tensor(cache.lengths, device=x.device)[:, None] + steps
+        return cache.next_positions(x.shape[1])
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Queries, and keys and values for the compressed, selected and window branch."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsa
-import nsa.reference
+import nsa.reference.whole
 from nsa.bench.cases import Case, make_work
 from nsa.bench.check import check, sample_positions
 from nsa.bench.run import CheckFailed, Plan, run
@@ -23,9 +23,10 @@ def wrong(findings):
 
 
 def plant(monkeypatch, name, change):
-    """Replace a step of the reference by ``change`` of it."""
-    right = getattr(nsa.reference, name)
-    monkeypatch.setattr(nsa.reference, name, change(right))
+    """Replace a step of the reference by ``change`` of it, alone and in the whole."""
+    spoiled = change(getattr(nsa.reference, name))
+    monkeypatch.setattr(nsa.reference, name, spoiled)
+    monkeypatch.setattr(nsa.reference.whole, name, spoiled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

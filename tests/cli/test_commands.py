@@ -137,6 +137,17 @@ def test_generate_continues_any_checkpoint_the_same_each_time(attention, text, t
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_generate_continues_several_prompts_as_if_each_were_alone(text, tmp_path):
+    train(text, tmp_path / "run", "--steps", 2)
+    command = ("generate", "--checkpoint", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 9)
+    prompts = ["def ", "import torch, ", "x"]
+    alone = [nsa_command(*command, "--prompt", prompt).stdout.removesuffix("\n") for prompt in prompts]
+    together = nsa_command(*command, *(word for prompt in prompts for word in ("--prompt", prompt)))
+    assert together.exit_code == 0, together.output
+    assert together.stdout == "\n\n".join(f"[{i}] {text}" for i, text in enumerate(alone, 1)) + "\n"
+    assert "3 prompts of 1 to 14 tokens" in together.stderr
+
+
 def test_generate_refuses_in_one_line(text, tmp_path):
     train(text, tmp_path / "run", "--steps", 1)
     command = ("generate", "--device", "cpu", "--checkpoint")

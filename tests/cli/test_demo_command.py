@@ -107,7 +107,7 @@ def test_the_decode_check_sees_a_wrong_cache(monkeypatch):
     def forgetful(*sizes):
         made = caches(*sizes)
         for cache in made:
-            cache._compress = lambda *_: None  # blocks that complete later stay 0
+            cache._append_blocks = lambda *_: None  # blocks that complete later stay 0
         return made
 
     monkeypatch.setattr(model, "make_caches", forgetful)

@@ -1,5 +1,6 @@
 """The language model: shapes, causality, caches, and what its twins share."""
 
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -168,6 +169,28 @@ def test_greedy_generation_takes_the_likeliest_token_each_time(kind):
         torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
         assert torch.equal(token, expected.argmax(-1))
         text = torch.cat([text, token[:, None]], 1)
+
+
+@pytest.mark.parametrize("lengths", [[11, 4, 7], [1, 11, 11], [5, 5, 5]], ids=str)
+def test_prompts_of_different_lengths_are_continued_as_if_alone(lengths, monkeypatch):
+    monkeypatch.setattr(sys.modules["nsa.models.generate"], "CHUNK", 4)  # some prompts end in each of the chunks
+    model, text = model_of("nsa"), tokens_of(3, 11)
+    together = list(generate(model, text, 12, lengths=lengths))
+    for b, length in enumerate(lengths):
+        for (token, logits), (wanted, wanted_logits) in zip(together, generate(model, text[b : b + 1, :length], 12)):
+            torch.testing.assert_close(logits[b], wanted_logits[0], rtol=0, atol=1e-5)
+            assert token[b] == wanted[0]
+
+
+def test_lengths_are_checked():
+    for kind, lengths, message in [
+        ("nsa", [4], "lengths must be 2 numbers from 1 to 8"),
+        ("nsa", [4, 9], "lengths must be 2 numbers from 1 to 8"),
+        ("nsa", [0, 8], "lengths must be 2 numbers from 1 to 8"),
+        ("full", [4, 8], "lengths must be equal for attention='full'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            next(generate(model_of(kind), tokens_of(2, 8), 3, lengths=lengths))
 
 
 def test_draws_follow_the_seed_and_the_temperature():

@@ -2,7 +2,7 @@
 
 import typer
 
-from nsa.bench.command import bench
+from nsa.cli.bench import bench_app
 from nsa.cli.demo import demo
 from nsa.cli.errors import clean_errors
 from nsa.cli.generate import generate
@@ -16,7 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, train, generate, info, bench):
+for command in (demo, train, generate, info):
     app.command()(clean_errors(command))
+app.add_typer(bench_app, name="bench")
 
 __all__ = ["app"]

@@ -197,9 +197,9 @@ class LanguageModel(nn.Module):
             found.append(blocks)
         return found
 
-    def make_caches(self, batch_size: int, max_seq_len: int) -> list[Cache]:
-        """Empty caches for ``forward``, one a layer, with room for ``max_seq_len`` tokens."""
-        return [layer.attention.make_cache(batch_size, max_seq_len) for layer in self.layers]  # type: ignore[union-attr, operator]
+    def make_caches(self, batch_size: int, max_seq_len: int, **options: Any) -> list[Cache]:
+        """Empty caches for ``forward``, one a layer, with room for ``max_seq_len`` tokens; ``options`` are ``NSACache``'s."""
+        return [layer.attention.make_cache(batch_size, max_seq_len, **options) for layer in self.layers]  # type: ignore[union-attr, operator]
 
     def num_parameters(self) -> int:
         """All parameters, each counted once."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.layout import SeqInfo
 from nsa.ops.arguments import lengths
-from nsa.ops.attention import attention, attention_op
 from nsa.ops.steps import blocks_op, combine_op, interval_op, select_op, selected_op
+from nsa.ops.whole import attention, attention_op
 
 __all__ = [
     "attention",

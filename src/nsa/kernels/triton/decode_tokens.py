@@ -1,0 +1,104 @@
+"""The selected and the window branch of a decode step: one query's heads over a part of its blocks, or of its window.
+
+Both are short and read tokens, so one launch has programs for each: the first parts take tiles of the selected blocks through
+the block table, the others tiles of the window out of the ring.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa import tuning
+from nsa.decode_tuning import TokenSplits
+from nsa.kernels.triton.decode_compressed import pool_rows, store_part, stream_rows
+from nsa.kernels.triton.tile import LOG2E, LOWEST, dot, load_rows, softmax_end, softmax_step, wide
+from nsa.tuning import Tile
+
+
+@triton.jit(
+    do_not_specialize=[
+        "max_pages",
+        "rows",
+        "queries",
+        "heads",
+        "group",
+        "kv_heads",
+        "parts",
+        "first_part",
+        "selected_parts",
+        "tiles",
+        "n",
+        "window",
+        "slots",
+    ]
+)
+def decode_tokens_kernel(
+    q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse,
+    max_pages, rows, queries, heads, group, kv_heads, parts, first_part, selected_parts, tiles, n, window, slots, scale,
+    SIZE: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    part, head_tile, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    hk, number = which % kv_heads, which // kv_heads  # number: batch * queries + query
+    batch, query = number // queries, number % queries
+    head = head_tile * BM + tl.arange(0, BM)
+    keep_row = head < group
+    row = wide(number) * heads + hk * group + head
+    pos = tl.load(lengths + batch) - queries + query
+    qt = load_rows(q, row * D, tl.arange(0, BD), keep_row, D)
+    m = tl.full([BM], LOWEST, tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BDV], tl.float32)
+    # One loop for both branches: two would have twice the buffers in flight, and leave room for half the programs.
+    windowed = part >= selected_parts
+    if windowed:
+        k, v = k_win, v_win
+    else:
+        k, v = k_slc, v_slc
+    PER_BLOCK: tl.constexpr = (SIZE + BN - 1) // BN
+    first = tl.maximum(pos - window + 1, 0)
+    count = tl.maximum(pos + 1 - first, 0)
+    begin = tl.where(windowed, part - selected_parts, part) * tiles
+    stop = tl.minimum(begin + tiles, tl.where(windowed, tl.cdiv(count, BN), n * PER_BLOCK))
+    column = tl.arange(0, BN)
+    for i in tl.range(begin, stop):
+        block = tl.load(indices + wide(which) * n + i // PER_BLOCK, mask=part < selected_parts, other=-1)
+        within = i % PER_BLOCK * BN + column
+        token = tl.maximum(block, 0) * SIZE + within
+        keep_slc = (within < SIZE) & (token <= tl.where(block < 0, -1, pos))
+        at_slc = pool_rows(token, keep_slc, batch, table, max_pages, rows, PER_PAGE)
+        offset = i * BN + column
+        slot = first % slots + offset
+        at_win = wide(batch) * slots + tl.where(slot >= slots, slot - slots, slot)
+        keep = tl.where(windowed, offset < count, keep_slc)
+        at = tl.where(windowed, at_win, at_slc) * kv_heads + hk
+        kt = stream_rows(k, at * D, tl.arange(0, BD), keep, D)  # [BN, BD]
+        s = tl.where(keep[None, :], dot(qt, kt.T), float("-inf"))  # [BM, BN]
+        vt = stream_rows(v, at * DV, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
+        m, l, acc = softmax_step(s, scale, vt, m, l, acc)
+    out, row_lse = softmax_end(m, l, acc)
+    store_part(o, lse, row, first_part + part, parts, keep_row, out, row_lse, DV, BDV)
+
+
+def decode_tokens(
+    q: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, indices: Tensor, table: Tensor, lengths: Tensor,
+    o: Tensor, lse: Tensor, first_part: int, splits: TokenSplits, tile: Tile, paged: bool, size: int, window: int,
+    softmax_scale: float,
+) -> None:  # fmt: skip
+    """Parts ``first_part ..`` of o fp32 ``[B, TQ, HQ, parts, DV]`` and lse fp32 ``[B, TQ, HQ, parts]``: selected, then window.
+
+    q ``[B, TQ, HQ, D]`` contiguous, k_slc ``[pages, P, HK, D]``, k_win ``[B, R, HK, D]``, values likewise, indices int32
+    ``[B, TQ, HK, n]`` contiguous, table int32 ``[B, max_pages]``, lengths int32 ``[B]``.
+    """
+    batch, queries, heads, dim = q.shape
+    kv_heads, value_dim, group = k_slc.shape[2], v_slc.shape[-1], heads // k_slc.shape[2]
+    grid = (splits.selected + splits.window, triton.cdiv(group, tile.block_m), batch * queries * kv_heads)
+    decode_tokens_kernel[grid](
+        q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse, table.shape[1], k_slc.shape[1], queries, heads, group,
+        kv_heads, lse.shape[-1], first_part, splits.selected, splits.tiles, indices.shape[-1], window, k_win.shape[1],
+        softmax_scale * LOG2E.value,
+        SIZE=size, PER_PAGE=k_slc.shape[1] if paged else 0, D=dim, DV=value_dim, BM=tile.block_m, BN=tile.block_n,
+        BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

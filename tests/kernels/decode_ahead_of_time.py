@@ -1,0 +1,55 @@
+"""Compile the kernels of a decode step for GPUs that this machine does not have: ``ahead_of_time.py`` for caches."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+
+import torch
+
+import nsa
+from nsa.decode_ops import decode
+from tests.kernels.ahead_of_time import DIMS, DTYPES, SHARED, TARGETS, compiling
+
+STEPS = ((1, 16, None), (16, 16, 64), (3, 1, 128), (2, 128, None))  # queries, group, page size
+
+
+def compile_steps(target: str, dtype: torch.dtype, dim: int, value_dim: int) -> dict[str, int]:
+    """Shared memory in bytes of every kernel that appending a step and attending to it launch."""
+    used: dict[str, int] = {}
+    for queries, group, page_size in STEPS:
+        cfg = nsa.NSAConfig(head_dim=dim, value_dim=value_dim, num_heads=2 * group, num_kv_heads=2)
+        cache = nsa.NSACache(cfg, 2, 4096, dtype=dtype, page_size=page_size)
+        k, v = torch.zeros(2, queries, 2, dim, dtype=dtype), torch.zeros(2, queries, 2, value_dim, dtype=dtype)
+        q, gates = torch.zeros(2, queries, 2 * group, dim, dtype=dtype), torch.zeros(2, queries, 2 * group, 3, dtype=dtype)
+        cache._kernels = True
+        with compiling(target) as found:
+            for kind in ("mean", "linear"):
+                compress_k, compress_v = (nsa.BlockCompressor(width, cfg, kind, dtype=dtype) for width in (dim, value_dim))
+                cache.crop(0)
+                for _ in range(32 // queries + 1):  # until a block is complete
+                    cache.append(k, v, k, v, k, v, compress_k, compress_v)
+            decode(q, gates, cache.view())
+        used = {kernel: max(found.get(kernel, 0), used.get(kernel, 0)) for kernel in {*found, *used}}
+    return used
+
+
+def main(targets: list[str], dtypes: list[str], dims: list[int | tuple[int, int]]) -> int:
+    wrong = 0
+    for target, dtype, dim in itertools.product(targets, dtypes, dims):
+        d, dv = dim if isinstance(dim, tuple) else (dim, dim)
+        began = time.time()
+        used = compile_steps(target, DTYPES[dtype], d, dv)
+        over = {kernel: size for kernel, size in used.items() if size > SHARED[target]}
+        wrong += bool(over)
+        most = max(used, key=used.__getitem__)
+        verdict = f"TOO MUCH: {over}" if over else f"most {used[most]} of {SHARED[target]} bytes ({most})"
+        print(f"{target} {dtype} {d}/{dv}: {len(used)} kernels, {verdict}, {time.time() - began:.0f} s", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    targets, dtypes = arguments[0:1] or list(TARGETS), arguments[1:2] or list(DTYPES)
+    sys.exit(main(targets, dtypes, [int(x) for x in arguments[2:3]] or list(DIMS)))
