@@ -1,13 +1,15 @@
 """Tile sizes: a pure function from shapes, dtype and architecture. No Triton, no GPU, no search at run time.
 
 Those for ``arch >= 90``, 16 bit and dims to 128 are the fastest of what was tried on an H100 80GB HBM3 on 2026-11-23, at 65,536
-tokens, 64/4 heads of 128, bf16; ``docs/performance.md`` has the others' times. The rest are sized to fit shared memory.
+tokens, 64/4 heads of 128, bf16; ``docs/performance.md`` has the others' times. Elsewhere a tile is made
+smaller until it fits: ``shared_bytes``, a model that ``tests/kernels/ahead_of_time.py`` holds against what Triton allocates, is
+then within ``shared_memory``.
 ``arch`` is the compute capability as in 90, or 0 for AMD and the interpreter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,41 +51,91 @@ def _hopper(arch: int) -> bool:
     return 90 <= arch < 120
 
 
+def shared_memory(arch: int) -> int:
+    """Bytes of shared memory that one block may have."""
+    if arch in (80, 87):
+        return 163 << 10
+    if _hopper(arch):
+        return 227 << 10
+    return 99 << 10 if arch > 80 else 64 << 10
+
+
+def shared_bytes(
+    kernel: str, rows: int, keys: int, dim: int, value_dim: int, dtype: torch.dtype, stages: int, arch: int
+) -> int:
+    """At least the shared memory that Triton 3.6 to 3.9 give to ``rows`` rows of queries by ``keys`` keys.
+
+    ``kernel``: one of forward, dq, dkv and importance, of whichever branch.
+    """
+    q, do, k, v = (x * y for x in (rows, keys) for y in (padded_dim(dim), padded_dim(value_dim)))
+    held, passing = {
+        "forward": ((q,), (k, v)),
+        "dq": ((q, do), (k, v)),
+        "dkv": ((k, v), (q, do)),
+        "importance": ((k,), (q,)),
+    }[kernel]
+    if arch == 0:  # operands live in registers; a tile passes through on its way there, and those loaded ahead wait
+        return dtype.itemsize * (max(*held, *passing) + (stages - 1) * sum(passing))
+    if dtype == torch.float32:  # three TF32 products: an operand lies there as its high and its low part, one product at a time
+        return 2 * dtype.itemsize * (sum(held) + max(passing) + rows * keys)
+    # One set more than is loaded ahead, for copies of other layout and for probabilities; and the rows' statistics.
+    return dtype.itemsize * (sum(held) + (stages + 1) * sum(passing)) + (stages + 1) * 8 * rows
+
+
+def _smaller(tile: Tile) -> Tile:
+    """Less of what matters least: first the stages, then the longer side."""
+    if tile.num_stages > 1:
+        return replace(tile, num_stages=tile.num_stages - 1)
+    if tile.block_m > tile.block_n:
+        return replace(tile, block_m=tile.block_m // 2)
+    return replace(tile, block_n=tile.block_n // 2)
+
+
+def _fitting(tile: Tile, kernel: str, dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
+    """``tile``, or the first smaller one that fits ``arch``."""
+    while shared_bytes(kernel, tile.block_m, tile.block_n, dim, value_dim, dtype, tile.num_stages, arch) > shared_memory(arch):
+        tile = _smaller(tile)
+        assert min(tile.block_m, tile.block_n) >= 16, f"no tile of {kernel} fits architecture {arch}"
+    return tile
+
+
 def interval_forward(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
-    wide = max(padded_dim(dim), padded_dim(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if wide > 128 else Tile(64, 32, 4, 1)
-    if wide > 128:
-        return Tile(64, 32, 4, 2 if _hopper(arch) else 1)
-    if not _hopper(arch):
-        return Tile(64, 32, 4, 2)
-    # window 3.4 ms (128 rows: 4.6); compressed 9.2 ms (8 warps: 10.2; 64 rows: 9.9)
-    return Tile(64, 64, 4, 2) if windowed else Tile(128, 64, 4, 2)
+        tile = Tile(32, 32, 4, 1) if wide else Tile(64, 32, 4, 1)
+    elif wide or not _hopper(arch):
+        tile = Tile(64, 32, 4, 2)
+    else:
+        # window 3.4 ms (128 rows: 4.6); compressed 9.2 ms (8 warps: 10.2; 64 rows: 9.9)
+        tile = Tile(64, 64, 4, 2) if windowed else Tile(128, 64, 4, 2)
+    return _fitting(tile, "forward", dim, value_dim, dtype, arch)
 
 
 def interval_dq(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
-    wide = max(padded_dim(dim), padded_dim(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
     if dtype == torch.float32:
-        return Tile(32, 16, 4, 1) if wide > 128 else Tile(32, 32, 4, 1)
-    if wide > 128:
-        return Tile(64, 32, 4, 1) if _hopper(arch) else Tile(32, 32, 4, 1)
-    if not _hopper(arch):
-        return Tile(64, 32, 4, 1)
-    # window 3.7 ms (2 stages: 4.3); compressed 11.1 ms (128 rows, 8 warps, 2 stages: 12.7)
-    return Tile(64, 64, 4, 3 if windowed else 2)
+        tile = Tile(32, 16, 4, 1) if wide else Tile(32, 32, 4, 1)
+    elif wide or not _hopper(arch):
+        tile = Tile(64, 32, 4, 1)
+    else:
+        # window 3.7 ms (2 stages: 4.3); compressed 11.1 ms (128 rows, 8 warps, 2 stages: 12.7)
+        tile = Tile(64, 64, 4, 3 if windowed else 2)
+    return _fitting(tile, "dq", dim, value_dim, dtype, arch)
 
 
 def interval_dkv(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
     """``block_m`` queries at a time for ``block_n`` keys."""
-    wide = max(padded_dim(dim), padded_dim(value_dim))
+    wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
     if dtype == torch.float32:
-        return Tile(16, 32, 4, 1) if wide > 128 else Tile(32, 32, 4, 1)
-    if wide > 128:
-        return Tile(32, 64, 8, 1) if _hopper(arch) else Tile(16, 32, 4, 1)
-    if not _hopper(arch):
-        return Tile(32, 64, 4, 1)
-    # window 5.6 ms (128 keys: 6.9); compressed 19.4 ms (64 queries, 2 stages: 21.2)
-    return Tile(32, 64, 4, 3) if windowed else Tile(32, 128, 8, 3)
+        tile = Tile(16, 32, 4, 1) if wide else Tile(32, 32, 4, 1)
+    elif wide:
+        tile = Tile(32, 64, 8, 1) if _hopper(arch) else Tile(16, 32, 4, 1)
+    elif not _hopper(arch):
+        tile = Tile(32, 64, 4, 1)
+    else:
+        # window 5.6 ms (128 keys: 6.9); compressed 19.4 ms (64 queries, 2 stages: 21.2)
+        tile = Tile(32, 64, 4, 3) if windowed else Tile(32, 128, 8, 3)
+    return _fitting(tile, "dkv", dim, value_dim, dtype, arch)
 
 
 def head_shares(programs: int, group: int) -> int:
@@ -92,45 +144,62 @@ def head_shares(programs: int, group: int) -> int:
     return -(-group // min(share, group))
 
 
-def union_queries(group: int, width: int) -> int:
-    """R, neighbouring queries in a tile of the selected branch: their heads should fill the 64 rows of a matrix product."""
+def union_queries(group: int, width: int, rows: int = 64) -> int:
+    """R, neighbouring queries in a tile of the selected branch: their heads should fill the ``rows`` of a matrix product."""
     queries = 1
-    while queries < 16 and queries * 2 * group <= 64 and queries * 2 * padded(width) <= 4096:
+    while queries < 16 and queries * 2 * group <= rows and queries * 2 * padded(width) <= 4096:
         queries *= 2
     return queries
 
 
-def selected_forward(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
-    """Only warps and stages; the tile is ``union_queries`` queries by a selection block."""
-    wide = max(padded_dim(dim), padded_dim(value_dim))
+def grouped_queries(width: int) -> int:
+    """Queries whose ``width`` slots one program sorts into inverse lists."""
+    return max(1, min(16, 8192 // padded(width)))
+
+
+def selected_forward(dim: int, value_dim: int, dtype: torch.dtype, group: int, size: int, arch: int) -> Tile:
+    """``block_m`` rows, heads of a few queries or some of one's, by ``block_n`` keys of a selection block at a time."""
+    wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
     # 15.7 ms (4 stages: 23.5; 8 warps: 35.6)
-    return Tile(0, 0, 4, 2 if dtype != torch.float32 and wide <= 128 and _hopper(arch) else 1)
+    tile = Tile(_union_rows(group), padded(size), 4, 2 if dtype != torch.float32 and not wide and _hopper(arch) else 1)
+    return _fitting(tile, "forward", dim, value_dim, dtype, arch)
 
 
-def selected_dq(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
-    wide = max(padded_dim(dim), padded_dim(value_dim))
+def selected_dq(dim: int, value_dim: int, dtype: torch.dtype, group: int, size: int, arch: int) -> Tile:
+    """As ``selected_forward``."""
+    wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
     # 17.8 ms (3 stages: 26.8)
-    return Tile(0, 0, 4, 2 if dtype != torch.float32 and wide <= 128 and _hopper(arch) else 1)
+    tile = Tile(_union_rows(group), padded(size), 4, 2 if dtype != torch.float32 and not wide and _hopper(arch) else 1)
+    return _fitting(tile, "dq", dim, value_dim, dtype, arch)
 
 
-def selected_dkv(dim: int, value_dim: int, dtype: torch.dtype, group: int, arch: int) -> Tile:
-    """``block_m`` rows, heads of a few queries, at a time; a group of more heads takes all of them."""
-    wide = max(padded_dim(dim), padded_dim(value_dim))
-    if dtype == torch.float32 or wide > 128:
-        return Tile(16, 0, 4, 1)
-    # 13.7 ms (3 stages: 14.9; 64 rows: 17.1). Rows are gathered by an index: three stages would wait for it.
-    stages = 5 if group <= 32 else 3 if group <= 64 else 2
-    return Tile(32, 0, 4, stages if _hopper(arch) else 1)
+def _union_rows(group: int) -> int:
+    return padded(union_queries(group, 1) * group)
+
+
+def selected_dkv(dim: int, value_dim: int, dtype: torch.dtype, group: int, size: int, arch: int) -> Tile:
+    """As ``selected_forward``, for ``block_n`` keys at a time."""
+    wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
+    if dtype == torch.float32 or wide:
+        tile = Tile(padded(max(16 // group, 1) * group), padded(size), 4, 1)
+    else:
+        # 13.7 ms (3 stages: 14.9; 64 rows: 17.1). Rows are gathered by an index: three stages would wait for it.
+        stages = 5 if group <= 32 else 3 if group <= 64 else 2
+        tile = Tile(padded(max(32 // group, 1) * group), padded(size), 4, stages if _hopper(arch) else 1)
+    return _fitting(tile, "dkv", dim, value_dim, dtype, arch)
 
 
 def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """``block_m`` queries by ``block_n`` compressed blocks."""
+    wide = padded_dim(dim) > 128
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if padded_dim(dim) > 128 else Tile(32, 64, 4, 1)
-    if padded_dim(dim) > 128:
-        return Tile(64, 64, 4, 2 if _hopper(arch) else 1)
-    # 5.7 ms without the top-n (128 queries: 7.0; 64 blocks: 6.1)
-    return Tile(64, 128, 4, 3) if _hopper(arch) else Tile(64, 64, 4, 2)
+        tile = Tile(32, 32, 4, 1) if wide else Tile(32, 64, 4, 1)
+    elif wide or not _hopper(arch):
+        tile = Tile(64, 64, 4, 2)
+    else:
+        # 5.7 ms without the top-n (128 queries: 7.0; 64 blocks: 6.1)
+        tile = Tile(64, 128, 4, 3)
+    return _fitting(tile, "importance", dim, dim, dtype, arch)
 
 
 # Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.

@@ -1,19 +1,22 @@
 """Compile every kernel for a GPU that this machine does not have: run the launchers with a driver that only compiles.
 
-    python tests/kernels/ahead_of_time.py                  # the whole matrix
-    python tests/kernels/ahead_of_time.py sm_90 bf16 128   # one case
+    python tests/kernels/ahead_of_time.py                           # the whole matrix
+    python tests/kernels/ahead_of_time.py sm_90                     # one target
+    python tests/kernels/ahead_of_time.py sm_90 bf16 192/128 16 64  # one case: dtype, head dims, group, selection block
 
-Must not run where TRITON_INTERPRET is set.
+Shared memory must be within the target's, and within what ``nsa.tuning`` reckons with. Must not run where TRITON_INTERPRET is
+set.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -36,7 +39,40 @@ TARGETS = {
 # Bytes of shared memory that one block may have.
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DIMS = (16, 40, 64, 80, 128, (192, 128), 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the kernels are compiled for."""
+
+    dtype: str
+    dim: int
+    value_dim: int
+    group: int = 16
+    size: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.dim}/{self.value_dim}, groups of {self.group}, blocks of {self.size}"
+
+
+DIMS = ((16, 16), (40, 40), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
+CASES = (
+    *(Case(dtype, *dims) for dtype in DTYPES for dims in DIMS),
+    # The ends of what groups and selection blocks may be: few rows and keys, many, and far too many to be held at once.
+    Case("bf16", 128, 128, 1, 8),
+    Case("bf16", 128, 128, 128),
+    Case("bf16", 256, 256, 16, 128),
+    Case("fp32", 256, 256, 128, 128),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Bytes of shared memory that a kernel was given, and how many ``tuning`` reckoned with where it chose the tile."""
+
+    kernel: str
+    shared: int
+    reckoned: int | None
 
 
 class CompilingDriver:
@@ -55,25 +91,37 @@ class CompilingDriver:
         return 0
 
 
+def reckoned(kernel: str, operand: Any, arch: int, constants: dict[str, int]) -> int | None:
+    """``tuning.shared_bytes`` of a launch whose first argument is ``operand``, a tensor or its descriptor."""
+    module, _, name = kernel.rpartition(".")
+    kind = name.removesuffix("_kernel").split("_")[-1]
+    if module.startswith("hopper") or kind not in ("forward", "dq", "dkv", "importance"):
+        return None
+    keys = constants["BJ"] * constants["SUB"] if kind == "importance" else constants["BN"]
+    value_dim = constants.get("BDV", constants["BD"])
+    dtype = getattr(operand, "base", operand).dtype
+    return tuning.shared_bytes(kind, constants["BM"], keys, constants["BD"], value_dim, dtype, constants["num_stages"], arch)
+
+
 @contextmanager
-def compiling(name: str) -> Iterator[dict[str, int]]:
-    """Inside, launches compile for target ``name`` and run nothing; yields shared memory by kernel name, as it fills."""
-    target, used, run = TARGETS[name], {}, JITFunction.run
+def compiling(name: str) -> Iterator[list[Launch]]:
+    """Inside, launches compile for target ``name`` and run nothing; yields them, as they come."""
+    target, launches, run = TARGETS[name], [], JITFunction.run
+    arch = target.arch if target.backend == "cuda" else 0
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         name = f"{self.module.removeprefix('nsa.kernels.')}.{self.__name__}"
-        used[name] = max(used.get(name, 0), kernel.metadata.shared)
+        launches.append(Launch(name, kernel.metadata.shared, reckoned(name, args[0], arch, kwargs)))
         return kernel
 
-    arch = target.arch if target.backend == "cuda" else 0
     with (
         mock.patch.object(triton.runtime.driver, "_active", CompilingDriver(name)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tuning, "arch", return_value=arch),
         mock.patch.object(_dispatch, "_triton", return_value=None),
     ):
-        yield used
+        yield launches
 
 
 def twins(name: str) -> Iterator[object]:
@@ -83,13 +131,17 @@ def twins(name: str) -> Iterator[object]:
         yield mock.patch.object(hopper, "supports", return_value="switched off")
 
 
-def compile_all(name: str, dtype: torch.dtype, dim: int, value_dim: int, group: int = 16) -> dict[str, int]:
-    """Shared memory in bytes of every kernel that a training step and the steps alone launch, batched and packed."""
-    cfg = nsa.NSAConfig(head_dim=dim, value_dim=value_dim, num_heads=2 * group, num_kv_heads=2)
-    used: dict[str, int] = {}
+def compile_all(name: str, case: Case) -> list[Launch]:
+    """Every kernel that a training step and the steps alone launch, batched and packed."""
+    group, size, dtype = case.group, case.size, DTYPES[case.dtype]
+    cfg = nsa.NSAConfig(
+        head_dim=case.dim, value_dim=case.value_dim, num_heads=2 * group, num_kv_heads=2,
+        block_length=min(32, size), block_stride=min(16, size), selection_block_size=size,
+    )  # fmt: skip
+    launches: list[Launch] = []
     for cu_seqlens in (None, torch.tensor([0, 100, 256], dtype=torch.int32)):
         make = lambda heads, width: torch.zeros(1, 256, heads, width, dtype=dtype, requires_grad=True)
-        q, k, v = make(2 * group, dim), make(2, dim), make(2, value_dim)
+        q, k, v = make(2 * group, case.dim), make(2, case.dim), make(2, case.value_dim)
         gates = torch.zeros(1, 256, 2 * group, 3, dtype=dtype, requires_grad=True)
         for twin in twins(name):
             with compiling(name) as found, twin:
@@ -102,30 +154,35 @@ def compile_all(name: str, dtype: torch.dtype, dim: int, value_dim: int, group: 
                 o = nsa.selected_attention(q, k, v, indices, cfg, cu_seqlens=cu_seqlens, backend="triton")
                 o = nsa.combine(o, o, o, gates, backend="triton")
                 o.backward(torch.zeros_like(o))
-            used = {kernel: max(found.get(kernel, 0), used.get(kernel, 0)) for kernel in {*found, *used}}
-    return used
+            launches += found
+    return launches
 
 
-def main(targets: list[str], dtypes: list[str], dims: list[int | tuple[int, int]]) -> int:
-    wrong = 0
-    for target, dtype, dim in itertools.product(targets, dtypes, dims):
-        d, dv = dim if isinstance(dim, tuple) else (dim, dim)
-        began = time.time()
-        used = compile_all(target, DTYPES[dtype], d, dv)
-        over = {kernel: size for kernel, size in used.items() if size > SHARED[target]}
-        wrong += bool(over)
-        most = max(used, key=used.__getitem__)
-        verdict = f"TOO MUCH: {over}" if over else f"most {used[most]} of {SHARED[target]} bytes ({most})"
-        print(f"{target} {dtype} {d}/{dv}: {len(used)} kernels, {verdict}, {time.time() - began:.0f} s", flush=True)
-    return wrong
+def wrong_with(target: str, case: Case) -> bool:
+    """Compile ``case`` and say on a line how it went."""
+    began = time.time()
+    launches = compile_all(target, case)
+    over = {x.kernel: x.shared for x in launches if x.shared > SHARED[target]}
+    beyond = {x.kernel: (x.shared, x.reckoned) for x in launches if x.reckoned is not None and x.shared > x.reckoned}
+    most = max(launches, key=lambda x: x.shared)
+    verdict = f"TOO MUCH: {over}" if over else f"most {most.shared} of {SHARED[target]} bytes ({most.kernel})"
+    if beyond:
+        verdict += f", MORE THAN RECKONED: {beyond}"
+    print(f"{target} {case}: {len({x.kernel for x in launches})} kernels, {verdict}, {time.time() - began:.0f} s", flush=True)
+    return bool(over or beyond)
+
+
+def main(target: str | None = None, dtype: str = "", dims: str = "", *sizes: str) -> int:
+    cases: tuple[Case, ...] = CASES
+    if dims:
+        dim, _, value_dim = dims.partition("/")
+        cases = (Case(dtype, int(dim), int(value_dim or dim), *map(int, sizes)),)
+    elif dtype:
+        cases = tuple(case for case in CASES if case.dtype == dtype)
+    wrong = [wrong_with(name, case) for name in ([target] if target else TARGETS) for case in cases]
+    print(f"{len(wrong)} cases, {sum(wrong)} wrong")
+    return min(1, sum(wrong))
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    sys.exit(
-        main(
-            arguments[0:1] or list(TARGETS),
-            arguments[1:2] or list(DTYPES),
-            [int(x) for x in arguments[2:3]] or list(DIMS),
-        )
-    )
+    sys.exit(main(*sys.argv[1:]))

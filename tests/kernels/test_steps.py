@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import nsa
+from nsa import tuning
 from nsa.reference.chunks import Chunk
 from nsa.reference.select import block_importance
 from tests import naive
@@ -184,3 +185,31 @@ def test_more_blocks_than_a_program_ranks(device: str, monkeypatch: pytest.Monke
         got = nsa.select_blocks(scale * q, k, lse, cfg, backend="triton")
         want = nsa.select_blocks(scale * q.double(), k.double(), lse.double(), cfg, backend="reference")
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("group", "size"), [(3, 20), (18, 18), (17, 32)])
+def test_where_shared_memory_is_scarce(device: str, group: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no more than the smallest tile takes, selection blocks go in pieces of 16 keys, and groups in shares of 16 heads."""
+    least = lambda arch: tuning.shared_bytes("dq", 16, 16, 16, 24, torch.float32, 1, arch)
+    monkeypatch.setattr(tuning, "shared_memory", least)
+    tile = tuning.selected_dkv(16, 24, torch.float32, group, size, tuning.arch(torch.device(device)))
+    assert (tile.block_m, tile.block_n) == (16, 16)
+    rng = torch.Generator().manual_seed(0)
+    cfg = nsa.NSAConfig(
+        head_dim=16, value_dim=24, num_heads=group, num_kv_heads=1, block_length=2, block_stride=2, selection_block_size=size,
+        num_selected_blocks=3,
+    )  # fmt: skip
+    tokens, rows = 75, 90
+    make = lambda heads, dim: torch.randn(1, rows, heads, dim, generator=rng).to(device)
+    q, k, v = make(group, 16)[:, :20].requires_grad_(), make(1, 16), make(1, 24)
+    k[:, tokens:], v[:, tokens:] = float("nan"), float("nan")
+    k, v = k.requires_grad_(), v.requires_grad_()
+    indices = torch.randint(-1, -(-tokens // size), (1, 20, 1, 3), generator=rng, dtype=torch.int32).to(device)
+    got = nsa.selected_attention(q, k, v, indices, cfg, seqlen_k=tokens, backend="triton")
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = nsa.selected_attention(*exact, indices, cfg, seqlen_k=tokens, backend="reference")
+    grad = torch.randn(got.shape, generator=rng).to(device)
+    mine = torch.autograd.grad(got, (q, k, v), grad)
+    theirs = torch.autograd.grad(want, exact, grad.double())
+    for y, z in zip((got, *mine), (want, *theirs)):
+        assert (y.double() - z).norm() <= 2e-5 * z.norm()

@@ -151,7 +151,9 @@ def selected_op(
 
     with on_device_of(q):
         where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
-        queries = tuning.union_queries(q.shape[2] // k.shape[2], indices.shape[-1])
+        group = q.shape[2] // k.shape[2]
+        tile = tuning.selected_forward(q.shape[-1], v.shape[-1], q.dtype, group, size, tuning.arch(q.device))
+        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
         lists = union_lists(indices.contiguous(), where, queries, size)
         return selected_forward(kernel_rows(q), kernel_rows(k), kernel_rows(v), lists, where, size, scale)
 
@@ -182,7 +184,9 @@ def selected_backward_op(
     with on_device_of(q):
         q, k, v, do, indices = kernel_rows(q), kernel_rows(k), kernel_rows(v), kernel_rows(do), indices.contiguous()
         where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
-        queries = tuning.union_queries(q.shape[2] // k.shape[2], indices.shape[-1])
+        group = q.shape[2] // k.shape[2]
+        tile = tuning.selected_dq(q.shape[-1], v.shape[-1], q.dtype, group, size, tuning.arch(q.device))
+        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
         lists = union_lists(indices, where, queries, size) if need_q else None
         grads = kernels.selected_backward(
             q, k, v, do, *row_statistics(o, do, lse), indices, lists, where, size, scale, (need_q, need_kv)

@@ -53,7 +53,9 @@ def attention_op(
         where = spans(q.shape[1], k_win.shape[1], info, 1, 1)
         o_win, lse_win = interval_forward(q, kernel_rows(k_win), kernel_rows(v_win), where, 1, 1, window, scale)
         where = spans(q.shape[1], k_slc.shape[1], info, 1, 1)
-        queries = tuning.union_queries(q.shape[2] // k_slc.shape[2], indices.shape[-1])
+        group = q.shape[2] // k_slc.shape[2]
+        tile = tuning.selected_forward(q.shape[-1], v_slc.shape[-1], q.dtype, group, size, tuning.arch(q.device))
+        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
         lists = union_lists(indices.contiguous(), where, queries, size)
         o, o_slc, lse_slc = selected_and_combined(
             q, kernel_rows(k_slc), kernel_rows(v_slc), lists, where, size, scale, o_cmp, o_win, gates.contiguous(), save
@@ -107,7 +109,9 @@ def attention_backward_op(
         )
         grads += found
         where = spans(q.shape[1], k_slc.shape[1], info, 1, 1)
-        queries = tuning.union_queries(q.shape[2] // k_slc.shape[2], indices.shape[-1])
+        group = q.shape[2] // k_slc.shape[2]
+        tile = tuning.selected_dq(q.shape[-1], v_slc.shape[-1], q.dtype, group, size, tuning.arch(q.device))
+        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
         lists = union_lists(indices, where, queries, size) if need_q else None
         dq, *found = selected_backward(
             q, k_slc, v_slc, do, shift[1], delta[1], indices, lists, where, size, scale, (need_q, need_kv[1]), dq

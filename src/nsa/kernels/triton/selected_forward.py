@@ -2,6 +2,8 @@
 
 One query alone reads n * s keys and values and multiplies them with no more than G rows: it is bound by the caches. ``R``
 queries with G heads each fill the rows of one matrix product, and read the blocks they share once.
+
+Where shared memory is short a program takes a block in ``CHUNKS`` pieces of ``BN`` keys, and ``HEADS`` of one query's heads.
 """
 
 from __future__ import annotations
@@ -20,23 +22,25 @@ from nsa.kernels.triton.union import UnionLists
 @triton.jit
 def _blocks(
     qt, k, v, batch, k_row, hk, blocks, masks, i0, i1, before, r, pos, k_len, scale, m, l, acc,
-    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Entries ``i0 .. i1`` of the tile's list into the running softmax."""
-    CHECK: tl.constexpr = CAUSAL or SIZE != BS
-    keys = tl.arange(0, BS)
-    for i in tl.range(i0, i1):
-        block = tl.load(blocks + i)
-        mask = tl.load(masks + i)
+    CHECK: tl.constexpr = CAUSAL or SIZE % BN != 0
+    CHUNKS: tl.constexpr = (SIZE + BN - 1) // BN
+    keys = tl.arange(0, BN)
+    for i in tl.range(i0 * CHUNKS, i1 * CHUNKS):
+        block = tl.load(blocks + i // CHUNKS)
+        mask = tl.load(masks + i // CHUNKS)
         wanted = ((mask - before) >> r) & 1 != 0  # [BM]
-        before = mask
-        first = block * SIZE
-        end = tl.minimum(k_len - first, SIZE)
-        kt = load_tile(k, batch, k_row + first, hk, end, BS, BD, False)
-        s = dot(qt, kt.T)  # [BM, BS]
+        before = tl.where(i % CHUNKS == CHUNKS - 1, mask, before)
+        chunk = i % CHUNKS * BN
+        first = block * SIZE + chunk
+        end = tl.minimum(k_len - first, SIZE - chunk)
+        kt = load_tile(k, batch, k_row + first, hk, end, BN, BD, False)
+        s = dot(qt, kt.T)  # [BM, BN]
         if CHECK:
-            s = tl.where((first + keys[None, :] <= pos[:, None]) & (keys < SIZE)[None, :], s, float("-inf"))
-        vt = load_tile(v, batch, k_row + first, hk, end, BS, BDV, CHECK)
+            s = tl.where((first + keys[None, :] <= pos[:, None]) & (chunk + keys < SIZE)[None, :], s, float("-inf"))
+        vt = load_tile(v, batch, k_row + first, hk, end, BN, BDV, CHECK)
         # Rows that did not select this block keep their maximum, and their probabilities are 0.
         m_new = tl.where(wanted, tl.maximum(m, tl.max(s, 1) * scale), m)
         p = tl.exp2(s * scale - tl.where(wanted, m_new, float("inf"))[:, None])
@@ -47,26 +51,36 @@ def _blocks(
     return before, m, l, acc
 
 
+@triton.jit
+def tile_and_heads(kv_heads, G: tl.constexpr, HEADS: tl.constexpr):
+    """Tile of a program, its KV head, and the first head of the group that it computes."""
+    # The KV heads one after another: programs that run together read the same keys. The last queries see most: they go first.
+    SHARES: tl.constexpr = (G + HEADS - 1) // HEADS
+    number = tl.num_programs(0) // (kv_heads * SHARES)
+    pid, part = tl.program_id(0) % number, tl.program_id(0) // number
+    return number - 1 - pid, part // SHARES, part % SHARES * HEADS
+
+
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "offset", "kv_heads", "stride_lb", "stride_lh"])
 def selected_forward_kernel(
     q, k, v, o, lse, blocks, masks, counts,
     stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, scale,
-    R: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, LENGTH: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PACKED: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    # The KV heads one after another: programs that run together read the same keys.
-    number = tl.num_programs(0) // kv_heads
-    pid, hk = tl.program_id(0) % number, tl.program_id(0) // number
-    pid = number - 1 - pid
+    pid, hk, head = tile_and_heads(kv_heads, G, HEADS)
     seq, tile = locate(pid, tiles, tile_seq, tile_first, PACKED)
     batch, q_row, q_len, k_row, k_len, offset = span(seq, table, q_len, k_len, offset, TABLE)
     start = tile * R
     if start >= q_len:
         return
     row = tl.arange(0, BM)
-    r, h = row // G, hk * G + row % G
-    keep = (row < R * G) & (start + r < q_len)
+    r, h = row // HEADS, hk * G + head + row % HEADS
+    keep = (row < R * HEADS) & (start + r < q_len)
+    if G % HEADS != 0:
+        keep = keep & (head + row % HEADS < G)
     pos = offset + start + r
     first = q_row + start
     qt = load_rows(
@@ -82,11 +96,11 @@ def selected_forward_kernel(
     acc = tl.zeros([BM, BDV], tl.float32)
     before, m, l, acc = _blocks(
         qt, k, v, batch, k_row, hk, blocks, masks, 0, past, tl.zeros([], tl.int32), r, pos, k_len, scale, m, l, acc,
-        False, SIZE, BS, BD, BDV,
+        False, SIZE, BN, BD, BDV,
     )  # fmt: skip
     before, m, l, acc = _blocks(
         qt, k, v, batch, k_row, hk, blocks, masks, past, count, before, r, pos, k_len, scale, m, l, acc,
-        True, SIZE, BS, BD, BDV,
+        True, SIZE, BN, BD, BDV,
     )  # fmt: skip
     out, row_lse = softmax_end(m, l, acc)
     o += batch * stride_ob + first * stride_ot
@@ -109,14 +123,15 @@ def selected_forward(
     if lists.tiles.count == 0:
         return o, lse
     group = heads // kv_heads
-    tune = tuning.selected_forward(dim, value_dim, q.dtype, tuning.arch(q.device))
-    selected_forward_kernel[(lists.tiles.count * kv_heads,)](
-        q, descriptor(k, tuning.padded(size)), descriptor(v, tuning.padded(size)), o, lse,
+    tune = tuning.selected_forward(dim, value_dim, q.dtype, group, size, tuning.arch(q.device))
+    side = min(group, tune.block_m)
+    selected_forward_kernel[(lists.tiles.count * kv_heads * triton.cdiv(group, side),)](
+        q, descriptor(k, tune.block_n), descriptor(v, tune.block_n), o, lse,
         lists.blocks, lists.masks, lists.counts, *q.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
         lists.tiles.per_seq, lists.tiles.seq, lists.tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, softmax_scale * LOG2E.value,
-        R=lists.queries, G=group, SIZE=size, LENGTH=lists.blocks.shape[2], D=dim, DV=value_dim,
-        BM=tuning.padded(lists.queries * group), BS=tuning.padded(size),
+        R=lists.queries, G=group, HEADS=side, SIZE=size, LENGTH=lists.blocks.shape[2], D=dim, DV=value_dim,
+        BM=tuning.padded(lists.queries * side), BN=tune.block_n,
         BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim),
         PACKED=spans.packed, TABLE=spans.table is not None, num_warps=tune.num_warps, num_stages=tune.num_stages,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa import tuning
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 
 NOTHING = tl.constexpr(2147483647)  # sorts behind every block
@@ -160,12 +161,13 @@ def inverse_lists(indices: Tensor, spans: Spans, size: int, split: int) -> Inver
         seq = (torch.searchsorted(base[:-1].contiguous(), every, right=True) - 1).clamp_min(0).to(torch.int32)
     groups = kv_heads * num_blocks
     keys = torch.full((batch, rows_q, kv_heads, padded), NOTHING.value, dtype=torch.int32, device=device)
-    tiles = spans.query_tiles(16)
+    queries = tuning.grouped_queries(width)
+    tiles = spans.query_tiles(queries)
     if tiles.count:
         group_kernel[(tiles.count, kv_heads)](
             indices, keys, tiles.per_seq, tiles.seq, tiles.first, spans.table, base,
             spans.q_len, spans.k_len, spans.offset, rows_q, kv_heads, size, per_seq, num_blocks,
-            R=16, WIDTH=width, PADDED=padded, PACKED=spans.packed, TABLE=spans.table is not None, num_warps=4,
+            R=queries, WIDTH=width, PADDED=padded, PACKED=spans.packed, TABLE=spans.table is not None, num_warps=4,
         )  # fmt: skip
     ordered, pair = keys.flatten().sort(stable=True)
     rows = (pair // (kv_heads * padded)).to(torch.int32)
