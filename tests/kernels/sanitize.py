@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 import nsa
+from nsa import ops
 from nsa.kernels import hopper
 
 SHAPES = (  # dtype, D, DV, KV heads, group
@@ -39,7 +40,7 @@ def call(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: int
     gates = make(1, tokens, kv_heads * group, 3)
     told = {"cu_seqlens": torch.tensor([0, 5, 5, 100, 211], dtype=torch.int32, device="cuda")} if packed else {}
     offsets = told.get("cu_seqlens")
-    k_cmp = nsa.ops.blocks_op(k, offsets, 16, 8, False)[..., 3, :]  # a copy of each block, as a learned compressor reads it
+    k_cmp = ops.blocks_op(k, offsets, 16, 8, False)[..., 3, :]  # a copy of each block, as a learned compressor reads it
     v_cmp = nsa.compress_blocks(v, cfg, **told)
     o = nsa.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, cfg, **told)
     o.backward(torch.randn_like(o))
