@@ -28,12 +28,16 @@ SHAPES = (  # dtype, D, DV, KV heads, group
 )
 
 
-def call(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: int, packed: bool) -> None:
-    """Compression, every branch, the selection and the gated sum, forward and backward."""
-    cfg = nsa.NSAConfig(
+def config(dim: int, value_dim: int, kv_heads: int, group: int) -> nsa.NSAConfig:
+    return nsa.NSAConfig(
         head_dim=dim, value_dim=value_dim, num_heads=kv_heads * group, num_kv_heads=kv_heads, block_length=16, block_stride=8,
         selection_block_size=64, num_selected_blocks=3, num_local_blocks=1, window_size=70,
     )  # fmt: skip
+
+
+def call(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: int, packed: bool) -> None:
+    """Compression, every branch, the selection and the gated sum, forward and backward."""
+    cfg = config(dim, value_dim, kv_heads, group)
     tokens = 211
     make = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype).requires_grad_()
     q, k, v = make(1, tokens, kv_heads * group, dim), make(1, tokens, kv_heads, dim), make(1, tokens, kv_heads, value_dim)
@@ -45,6 +49,19 @@ def call(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: int
     o = nsa.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, cfg, **told)
     o.backward(torch.randn_like(o))
     assert all(x.grad.isfinite().all() for x in (q, k, v, gates))
+
+
+def decode(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: int, page_size: int | None) -> None:
+    """Steps over a cache: a chunk, then tokens that complete blocks, wrap the ring and begin a page."""
+    cfg = config(dim, value_dim, kv_heads, group)
+    cache = nsa.NSACache(cfg, 2, 192, dtype=dtype, device="cuda", page_size=page_size)
+    make = lambda tokens, heads, width: torch.randn(2, tokens, heads, width, device="cuda").to(dtype)
+    compress = [nsa.BlockCompressor(width, cfg, "mean") for width in (dim, value_dim)]
+    for tokens in (117, 5, 16):
+        cache.append(*(make(tokens, kv_heads, width) for width in (dim, value_dim) * 3), *compress)
+        count = min(tokens, 16)
+        q, gates = make(count, kv_heads * group, dim), make(count, kv_heads * group, 3)
+        assert nsa.cached_attention(q, gates, cache).isfinite().all()
 
 
 @triton.jit
@@ -65,6 +82,8 @@ def main() -> None:
         return
     torch.manual_seed(0)
     for shape in SHAPES:
+        for page_size in (None, 64):
+            decode(*shape, page_size)
         for packed in (False, True):
             if "--portable" not in sys.argv:
                 call(*shape, packed)
