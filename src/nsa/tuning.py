@@ -1,9 +1,9 @@
 """Tile sizes: a pure function from shapes, dtype and architecture. No Triton, no GPU, no search at run time.
 
 Those for ``arch >= 90``, 16 bit and dims to 128 are the fastest of what was tried on an H100 80GB HBM3 on 2026-11-23, at 65,536
-tokens, 64/4 heads of 128, bf16; ``docs/performance.md`` has the others' times. Elsewhere a tile is made
-smaller until it fits: ``shared_bytes``, a model that ``tests/kernels/ahead_of_time.py`` holds against what Triton allocates, is
-then within ``shared_memory``.
+tokens, 64/4 heads of 128, bf16; ``docs/performance.md`` has the others' times. The others are guesses that were not timed. Any
+tile is made smaller until it fits: ``shared_bytes``, a model that ``tests/kernels/ahead_of_time.py`` holds against what Triton
+allocates, is then within ``shared_memory``.
 ``arch`` is the compute capability as in 90, or 0 for AMD and the interpreter.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """A launch: ``block_m`` queries by ``block_n`` keys, warps and pipeline stages; 0 where the kernel decides."""
+    """A launch: ``block_m`` rows of queries by ``block_n`` keys, warps and pipeline stages."""
 
     block_m: int
     block_n: int
