@@ -95,7 +95,11 @@ def reckoned(kernel: str, operand: Any, arch: int, constants: dict[str, int]) ->
     """``tuning.shared_bytes`` of a launch whose first argument is ``operand``, a tensor or its descriptor."""
     module, _, name = kernel.rpartition(".")
     kind = name.removesuffix("_kernel").split("_")[-1]
-    if module.startswith("hopper") or kind not in ("forward", "dq", "dkv", "importance"):
+    if (
+        not module.startswith("triton.")
+        or module.startswith("triton.decode")
+        or kind not in ("forward", "dq", "dkv", "importance")
+    ):
         return None
     keys = constants["BJ"] * constants["SUB"] if kind == "importance" else constants["BN"]
     value_dim = constants.get("BDV", constants["BD"])

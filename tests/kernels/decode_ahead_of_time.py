@@ -31,14 +31,14 @@ def compile_steps(target: str, dtype: torch.dtype, dim: int, value_dim: int) -> 
                 for _ in range(32 // queries + 1):  # until a block is complete
                     cache.append(k, v, k, v, k, v, compress_k, compress_v)
             decode(q, gates, cache.view())
-        used = {kernel: max(found.get(kernel, 0), used.get(kernel, 0)) for kernel in {*found, *used}}
+        for launch in found:
+            used[launch.kernel] = max(used.get(launch.kernel, 0), launch.shared)
     return used
 
 
-def main(targets: list[str], dtypes: list[str], dims: list[int | tuple[int, int]]) -> int:
+def main(targets: list[str], dtypes: list[str], dims: list[tuple[int, int]]) -> int:
     wrong = 0
-    for target, dtype, dim in itertools.product(targets, dtypes, dims):
-        d, dv = dim if isinstance(dim, tuple) else (dim, dim)
+    for target, dtype, (d, dv) in itertools.product(targets, dtypes, dims):
         began = time.time()
         used = compile_steps(target, DTYPES[dtype], d, dv)
         over = {kernel: size for kernel, size in used.items() if size > SHARED[target]}
@@ -52,4 +52,4 @@ def main(targets: list[str], dtypes: list[str], dims: list[int | tuple[int, int]
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     targets, dtypes = arguments[0:1] or list(TARGETS), arguments[1:2] or list(DTYPES)
-    sys.exit(main(targets, dtypes, [int(x) for x in arguments[2:3]] or list(DIMS)))
+    sys.exit(main(targets, dtypes, [(int(x), int(x)) for x in arguments[2:3]] or list(DIMS)))

@@ -20,36 +20,46 @@ CFG = nsa.NSAConfig(
 TOKENS = 40
 
 
-def inputs(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(device: str, dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> list[Tensor]:
     """The eight tensors of ``nsa_attention``."""
     rng = torch.Generator().manual_seed(0)
     make = lambda rows, heads, dim: torch.randn(1, rows, heads, dim, generator=rng).to(device, dtype).requires_grad_()
-    blocks = CFG.num_compressed_blocks(TOKENS)
-    keys = [make(rows, 2, dim) for rows in (blocks, TOKENS, TOKENS) for dim in (16, 24)]
-    gates = torch.rand(1, TOKENS, 6, 3, generator=rng).to(device, dtype).requires_grad_()
-    return [make(TOKENS, 6, 16), *keys, gates]
+    blocks = CFG.num_compressed_blocks(tokens)
+    keys = [make(rows, 2, dim) for rows in (blocks, tokens, tokens) for dim in (16, 24)]
+    gates = torch.rand(1, tokens, 6, 3, generator=rng).to(device, dtype).requires_grad_()
+    return [make(tokens, 6, 16), *keys, gates]
 
 
-def test_opcheck(device: str) -> None:
-    q, k_cmp, v_cmp, k, v, *_ = inputs(device)
-    offsets = torch.tensor([0, 13, 13, 40], dtype=torch.int32, device=device)
-    indices = torch.randint(-1, 5, (1, TOKENS, 2, 3), dtype=torch.int32, device=device)
-    plain, packed = (None, None, None, TOKENS), (offsets, offsets, None, 0)
-    for lengths in (plain, packed):
-        opcheck(ops.interval_op, (q, k, v, *lengths, 1, 1, 9, 0.2))
-        opcheck(ops.interval_op, (q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2))
-        opcheck(ops.selected_op, (q, k, v, indices, *lengths, 8, 0.2))
-        lse = ops.interval_op(q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2)[1].detach().transpose(1, 2)
-        opcheck(ops.select_op, (q.detach(), k_cmp.detach(), lse, *lengths, 8, 4, 8, 4, 1, 2, 0.2))
-        for mean in (True, False):
-            opcheck(ops.blocks_op, (k, lengths[0], 8, 4, mean))
-    everything, numbers = inputs(device), (8, 4, 8, 4, 1, 2, 9, 0.2)
-    for lengths in (plain, packed):
-        for given in (None, indices):
-            opcheck(ops.attention_op, (*everything, given, *lengths, *numbers, True))
-        opcheck(ops.attention_op, (*(x.detach() for x in everything), None, *lengths, *numbers, False))
+def described(layout: str, device: str) -> tuple[list[Tensor], Tensor, tuple[Any, ...]]:
+    """Few tokens, since each check runs an operator many times; a caller's blocks; lengths as the operators take them."""
+    tokens = 20
+    offsets = torch.tensor([0, 9, 9, 20], dtype=torch.int32, device=device)
+    indices = torch.randint(-1, 3, (1, tokens, 2, 3), dtype=torch.int32, device=device)
+    lengths = (None, None, None, tokens) if layout == "plain" else (offsets, offsets, None, 0)
+    return inputs(device, tokens=tokens), indices, lengths
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_opcheck_of_steps(device: str, layout: str) -> None:
+    (q, k_cmp, v_cmp, k, v, *_), indices, lengths = described(layout, device)
+    opcheck(ops.interval_op, (q, k, v, *lengths, 1, 1, 9, 0.2))
+    opcheck(ops.interval_op, (q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2))
+    opcheck(ops.selected_op, (q, k, v, indices, *lengths, 8, 0.2))
+    lse = ops.interval_op(q, k_cmp, v_cmp, *lengths, 8, 4, 0, 0.2)[1].detach().transpose(1, 2)
+    opcheck(ops.select_op, (q.detach(), k_cmp.detach(), lse, *lengths, 8, 4, 8, 4, 1, 2, 0.2))
+    for mean in (True, False):
+        opcheck(ops.blocks_op, (k, lengths[0], 8, 4, mean))
     o = [torch.randn(1, 5, 6, 24, device=device, requires_grad=True) for _ in range(3)]
     opcheck(ops.combine_op, (*o, torch.rand(1, 5, 6, 3, device=device, requires_grad=True)))
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck_of_the_whole(device: str, given: bool, layout: str) -> None:
+    tensors, indices, lengths = described(layout, device)
+    rest = (indices if given else None, *lengths, 8, 4, 8, 4, 1, 2, 9, 0.2)
+    opcheck(ops.attention_op, (*tensors, *rest, True))
+    opcheck(ops.attention_op, (*(x.detach() for x in tensors), *rest, False))
 
 
 def test_compiles_whole(device: str) -> None:
