@@ -127,9 +127,20 @@ def test_rows_that_are_not_read_get_gradient_zero() -> None:
             outside = torch.ones_like(y, dtype=torch.bool)
             for b, rows in case.slices(lens):
                 outside[b, rows] = False
-            grad = torch.zeros_like(y) if y.grad is None else y.grad
-            assert (grad[outside] == 0).all(), f"gradient of {name} past its sequences: {case}"
-            assert grad.isfinite().all(), f"gradient of {name}: {case}"
+            assert y.grad is not None, f"gradient of {name}: {case}"
+            assert (y.grad[outside] == 0).all(), f"gradient of {name} past its sequences: {case}"
+            assert y.grad.isfinite().all(), f"gradient of {name}: {case}"
+
+
+def test_without_queries_every_gradient_is_zero() -> None:
+    case = CASES["plain"]
+    x = make_inputs(case).to(torch.float64)
+    q, gates = (y[:, :0].detach().requires_grad_() for y in (x.q, x.gates))
+    keys = [y for name, y in x.items() if name not in ("q", "gates")]
+    nsa.nsa_attention(q, *keys, gates, case.cfg).sum().backward()
+    assert q.grad.shape == q.shape
+    assert gates.grad.shape == gates.shape
+    assert all((y.grad == 0).all() for y in keys)
 
 
 def test_queries_that_see_no_block_get_gradient_zero() -> None:

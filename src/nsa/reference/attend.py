@@ -74,7 +74,7 @@ def compressed_attention(q: Tensor, k: Tensor, v: Tensor, cfg: NSAConfig, info: 
         run = bounded(one, segment, n, cfg.num_heads)
         return last_first(lambda c: run(q[segment.batch, c.rows], ks, vs, c), chunks(segment, n, cfg.num_heads))
 
-    joined = over_segments(info, cfg, q, step, 0.0, (cfg.num_heads, cfg.value_dim + 1))
+    joined = over_segments(info, cfg, (q, k, v), step, 0.0, (cfg.num_heads, cfg.value_dim + 1))
     o, lse = joined[..., :-1], joined[..., -1].detach()
     return o.to(q.dtype), _without_sequence(lse, info)
 
@@ -118,7 +118,7 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cfg: NS
             chunks(segment, segment.k_len, cfg.num_heads),
         )
 
-    return over_segments(info, cfg, q, step, 0.0, (cfg.num_heads, cfg.value_dim)).to(q.dtype)
+    return over_segments(info, cfg, (q, k, v), step, 0.0, (cfg.num_heads, cfg.value_dim)).to(q.dtype)
 
 
 def _as_mask(indices: Tensor, blocks: int) -> Tensor:
@@ -149,7 +149,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, cfg: NSAConfig, info: SeqI
         short = (piece for c in chunks(segment, seen, cfg.num_heads) for piece in _at_most(c, cfg.window_size))
         return [run(q[segment.batch, c.rows], k, v, c) for c in short]
 
-    return over_segments(info, cfg, q, step, 0.0, (cfg.num_heads, cfg.value_dim)).to(q.dtype)
+    return over_segments(info, cfg, (q, k, v), step, 0.0, (cfg.num_heads, cfg.value_dim)).to(q.dtype)
 
 
 def _at_most(chunk: Chunk, size: int) -> list[Chunk]:

@@ -63,12 +63,18 @@ def last_first(step: Callable[[Chunk], Tensor], pieces: Iterable[Chunk]) -> list
 
 
 def over_segments(
-    info: SeqInfo, cfg: NSAConfig, q: Tensor, step: Callable[[Segment], list[Tensor]], fill: float, width: tuple[int, ...]
+    info: SeqInfo,
+    cfg: NSAConfig,
+    read: tuple[Tensor, ...],
+    step: Callable[[Segment], list[Tensor]],
+    fill: float,
+    width: tuple[int, ...],
 ) -> Tensor:
     """Join what ``step`` returns for each segment, a list of ``[b, rows, *width]``, to one ``[B, TQ, *width]``.
 
-    Rows of ``q`` that belong to no sequence are filled with ``fill``.
+    ``read``: the tensors that ``step`` reads, q first. Rows of q that belong to no sequence are filled with ``fill``.
     """
+    q = read[0]
     parts = []
     for segment in info.segments(cfg):
         pieces = step(segment)
@@ -81,4 +87,6 @@ def over_segments(
     rest = torch.full(
         (q.shape[0], missing, *width), fill, device=q.device, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
     )
-    return rest if out is None else torch.cat([out, rest.to(out.dtype)], 1)
+    if out is None:  # nothing was read: gradients are zero all the same, not missing
+        return rest + sum(x[:, :0].sum().to(rest.dtype) for x in read)
+    return torch.cat([out, rest.to(out.dtype)], 1)

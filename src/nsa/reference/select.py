@@ -30,7 +30,7 @@ def select_blocks(q: Tensor, k: Tensor, lse: Tensor, cfg: NSAConfig, info: SeqIn
         return last_first(one, chunks(segment, max(n, 1), cfg.num_heads))
 
     width = (cfg.num_kv_heads, cfg.num_selected_blocks)
-    return over_segments(info, cfg, q, step, -1, width).to(torch.int32)
+    return over_segments(info, cfg, (q,), step, -1, width).to(torch.int32)
 
 
 def block_importance(q: Tensor, k: Tensor, lse: Tensor, chunk: Chunk, cfg: NSAConfig) -> Tensor:

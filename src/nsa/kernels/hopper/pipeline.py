@@ -22,7 +22,6 @@ thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 locate, span = gluon.jit(sequence.locate.fn), gluon.jit(sequence.span.fn)
 first_seen, end_seen = gluon.jit(interval_forward.first_seen.fn), gluon.jit(interval_forward.end_seen.fn)
 
-
 LOG2E, LN2, LOWEST = (gl.constexpr(x.value) for x in (tile.LOG2E, tile.LN2, tile.LOWEST))
 
 

@@ -104,7 +104,6 @@ def interval_forward_kernel(
     hk = h // group
     row = q_row + start
     keep = start + rows < q_len
-    keep = start + rows < q_len
     if WINDOWED:
         qt = load_tile(q, batch, row, h, q_len - start, BM, BD, False)
     else:
