@@ -27,7 +27,7 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(STAMP)
-	$(VENV)/bin/python -m pytest -m gpu -n $(JOBS) --dist loadgroup $(ARGS)
+	$(VENV)/bin/python -m pytest -m gpu -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 sanitize: $(STAMP)
 	$(VENV)/bin/python tests/kernels/sanitize.py

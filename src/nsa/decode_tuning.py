@@ -1,8 +1,8 @@
 """Tiles and splits of the decode kernels: pure functions like those of ``tuning``.
 
 A step reads every byte once, so what counts is how many programs read at the same time. The keys of a sequence are split among
-programs until there are ``PROGRAMS``, two for each of an H100's 132 multiprocessors; none of this depends on lengths, so that a
-captured launch stays right as they grow. Sized by counting bytes and shared memory, not measured.
+programs until these fill an H100's 132 multiprocessors two or three times; none of this depends on lengths, so that a captured
+launch stays right as they grow. ``docs/performance.md`` says what was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from nsa.config import NSAConfig
 from nsa.tuning import Tile, padded, padded_dim
 
-PROGRAMS = 264
+COMPRESSED_PROGRAMS = 264
+TOKEN_PROGRAMS = 396
+WIDEST = 32768  # blocks that a program ranks without going back to memory
+FUSED = 2048  # blocks whose importance the program that ranks them adds up itself
 
 
 def tile(cfg: NSAConfig, rows: int, dtype: torch.dtype, arch: int) -> Tile:
@@ -28,9 +31,34 @@ def tile(cfg: NSAConfig, rows: int, dtype: torch.dtype, arch: int) -> Tile:
     return Tile(block_m, 64, 4, 3 if 90 <= arch < 120 else 2 if arch else 1)
 
 
-def compressed_splits(programs: int, blocks: int, block_n: int) -> int:
-    """Into how many parts at most ``blocks`` compressed blocks are split where there are ``programs`` without a split."""
-    return max(1, min(PROGRAMS // programs, -(-blocks // block_n)))
+@dataclass(frozen=True)
+class Cells:
+    """How a tile of compressed blocks is cut: a cell is ``width`` of those that start in one selection block, or fewer.
+
+    Attributes:
+        width: a power of two.
+        per_block: cells of a selection block.
+        per_tile: cells of a tile.
+        tiles: of the longest sequence.
+    """
+
+    width: int
+    per_block: int
+    per_tile: int
+    tiles: int
+
+
+def cells(cfg: NSAConfig, max_seq_len: int, block_n: int) -> Cells:
+    """Of tiles of ``block_n`` compressed blocks."""
+    starting = cfg.selection_block_size // cfg.block_stride
+    width = min(1 << (starting - 1).bit_length(), block_n)
+    per_block, per_tile = -(-starting // width), block_n // width
+    return Cells(width, per_block, per_tile, max(1, -(-cfg.num_selection_blocks(max_seq_len) * per_block // per_tile)))
+
+
+def compressed_splits(programs: int, tiles: int) -> int:
+    """Into how many parts ``tiles`` tiles are split where there are ``programs`` without a split."""
+    return max(1, min(COMPRESSED_PROGRAMS // programs, tiles))
 
 
 @dataclass(frozen=True)
@@ -46,12 +74,15 @@ def token_splits(cfg: NSAConfig, programs: int, block_n: int) -> TokenSplits:
     """Both branches in parts of one size, where there are ``programs`` without a split."""
     selected = cfg.num_selected_blocks * -(-cfg.selection_block_size // block_n)
     window = -(-cfg.window_size // block_n)
-    tiles = -(-(selected + window) // max(2, PROGRAMS // programs))
+    tiles = -(-(selected + window) // max(2, TOKEN_PROGRAMS // programs))
     return TokenSplits(tiles, -(-selected // tiles), -(-window // tiles))
 
 
-def importance_tile(cfg: NSAConfig) -> tuple[int, int]:
-    """Selection blocks of a program, and the compressed blocks that may touch one of them, padded."""
-    strides = cfg.selection_block_size // cfg.block_stride + cfg.block_length // cfg.block_stride - 1
-    width = 1 << max(0, strides - 1).bit_length()
-    return max(1, 512 // width), width
+def ranking_warps(width: int) -> int:
+    """Of a program that ranks ``width`` blocks."""
+    return max(1, min(32, width // 512))
+
+
+def dependent_launch(arch: int) -> bool:
+    """Whether a kernel may start before the one before it has ended (Hopper and newer)."""
+    return arch >= 90

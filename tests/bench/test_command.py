@@ -129,6 +129,7 @@ def test_quick_forward_takes_the_shortest_length_alone(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_it_compares_time_and_memory_with_cudnn(tmp_path):
     result = bench("--heads", 16, "--kv-heads", 1, "--lengths", 8192, "--quick", "--out", tmp_path)

@@ -183,39 +183,77 @@ def test_ties_go_to_the_lowest_block(device: str, pages: int | None) -> None:
     assert indices[0, -1].tolist() == [[0, 1, 2, 3, 89 // 8]] * 2
 
 
-def test_more_blocks_than_a_program_ranks_at_once(device: str) -> None:
-    from nsa.kernels.triton import decode_select
+@pytest.mark.parametrize("widest", [4, 1 << 15])
+def test_more_blocks_than_a_program_ranks_at_once(device: str, widest: int) -> None:
+    from nsa import decode_tuning
 
     filled = Filled(0, device, kernels=False)
     low = filled.inputs(1)
     want = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")[1]
-    with mock.patch.object(decode_select, "WIDEST", 4):
+    with mock.patch.object(decode_tuning, "FUSED", 0), mock.patch.object(decode_tuning, "WIDEST", widest):
         got = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")[1]
     assert torch.equal(got, want)
 
 
+def test_ties_among_all_that_a_program_ranks(device: str) -> None:
+    """32,768 blocks at the threshold are one more than a signed word holds beside another count."""
+    from nsa.decode_tuning import WIDEST, cells
+    from nsa.kernels.triton.decode_select import decode_select
+
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=1, block_length=2, block_stride=2, selection_block_size=2, num_selected_blocks=5,
+        num_local_blocks=1,
+    )  # fmt: skip
+    tile = cells(cfg, 2 * WIDEST, 64)
+    make = lambda *shape: torch.zeros(1, 1, 1, *shape, device=device)
+    kept = make(tile.tiles * tile.per_tile), make(tile.tiles * tile.per_tile), make(tile.tiles)
+    indices, lengths = make(5).int(), torch.full((1,), 2 * WIDEST, dtype=torch.int32, device=device)
+    decode_select(kept, make(1), lengths, make(WIDEST), indices, WIDEST, 1, tile, 2, 2, 2, 1, 1)
+    assert indices.flatten().tolist() == [0, 1, 2, 3, WIDEST - 1]
+
+
+@pytest.mark.parametrize("pages", PAGES)
+def test_a_selection_block_in_which_more_blocks_start_than_a_tile_holds(device: str, pages: int | None) -> None:
+    from nsa import decode_tuning
+
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=4, num_kv_heads=2, block_length=3, block_stride=1, selection_block_size=20,
+        num_selected_blocks=3, num_local_blocks=1, window_size=9,
+    )  # fmt: skip
+    draws = torch.Generator().manual_seed(0)
+    make = lambda tokens, heads, dim: torch.randn(2, tokens, heads, dim, generator=draws).to(device)
+    cache = nsa.NSACache(cfg, 2, 150, dtype=torch.float32, device=device, page_size=None if pages is None else 20 * pages)
+    cache.append(*(make(139, 2, 16) for _ in range(6)), *(nsa.BlockCompressor(16, cfg, "mean") for _ in range(2)))
+    q, gates = make(3, 4, 16), make(3, 4, 3).sigmoid()
+    with mock.patch.object(decode_tuning, "tile", return_value=tuning.Tile(16, 16, 4, 1)):
+        got, mine = nsa.cached_attention(q, gates, cache, return_block_indices=True, backend="triton")
+    want, theirs = nsa.cached_attention(q, gates, cache, return_block_indices=True, backend="reference")
+    assert torch.equal(mine, theirs)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("splits", [1, 3])
-def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: int) -> None:
+@pytest.mark.parametrize(("splits", "block_n"), [(1, 32), (3, 16)])
+def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: int, block_n: int) -> None:
     """Block by block: what a top-n lets through could hide a wrong weight, or a part's lse that is missing."""
-    from nsa.decode_tuning import importance_tile
+    from nsa.decode_tuning import cells
     from nsa.kernels.triton.decode_compressed import decode_compressed
     from nsa.kernels.triton.decode_select import decode_importance
 
     filled = Filled(number, device, kernels=False)
     cfg, view, queries = filled.cfg, filled.cache.view(), min(2, *filled.cache.lengths)
     q = filled.draw(queries, cfg.num_heads, cfg.head_dim).to(device)
-    blocks, selection = (count(view.max_seq_len) for count in (cfg.num_compressed_blocks, cfg.num_selection_blocks))
+    tile = cells(cfg, view.max_seq_len, block_n)
     make = lambda *shape: torch.full((len(q), queries, *shape), float("nan"), device=device)
-    o, lse, scores = make(cfg.num_heads, 9, cfg.value_dim), make(cfg.num_heads, 9), make(cfg.num_heads, blocks)
-    got, sizes = make(cfg.num_kv_heads, selection), (cfg.block_length, cfg.block_stride)
+    o, lse = make(cfg.num_heads, 9, cfg.value_dim), make(cfg.num_heads, 9)
+    kept = *(make(cfg.num_heads, tile.tiles * tile.per_tile) for _ in range(2)), make(cfg.num_heads, tile.tiles)
+    got = make(cfg.num_kv_heads, cfg.num_selection_blocks(view.max_seq_len))
+    sizes = cfg.block_length, cfg.block_stride, cfg.selection_block_size
     decode_compressed(
-        q, view.k_cmp, view.v_cmp, view.table, view.lengths, o, lse, scores, splits, tuning.Tile(16, 16, 4, 1),
+        q, view.k_cmp, view.v_cmp, view.table, view.lengths, o, lse, kept, splits, tuning.Tile(16, block_n, 4, 1), tile,
         not view.contiguous, *sizes, cfg.softmax_scale,
     )  # fmt: skip
-    decode_importance(
-        scores, lse, view.lengths, got, splits, importance_tile(cfg), *sizes, cfg.selection_block_size, cfg.softmax_scale
-    )
+    decode_importance(kept, lse, view.lengths, got, splits, tile, *sizes)
     k_cmp, v_cmp = (x.double().nan_to_num() for x in view.compressed())
     for b, length in enumerate(view.host_lengths):
         mine, k, v = q[b : b + 1].double(), k_cmp[b : b + 1], v_cmp[b : b + 1]
@@ -239,7 +277,8 @@ def test_few_and_many_parts(device: str, programs: int) -> None:
     case, low = filled.case(queries), filled.inputs(queries)
     exact, plain = low.to(torch.float64), low.to(filled.dtype)
     small = mock.patch.object(decode_tuning, "tile", return_value=tuning.Tile(16, 16, 4, 1))
-    with mock.patch.object(decode_tuning, "PROGRAMS", programs), small:
+    counts = mock.patch.multiple(decode_tuning, COMPRESSED_PROGRAMS=programs, TOKEN_PROGRAMS=programs)
+    with counts, small:
         got, indices = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")
     check_selection(case, exact, indices)
     assert_within_2x("o", got, steps(case, exact, indices).o, naive.nsa_steps(case, plain, indices).o, filled.dtype)

@@ -71,6 +71,7 @@ def test_compiles_whole(device: str) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.xdist_group("some gradients")  # one worker compiles for all
 @pytest.mark.parametrize("needed", range(8))
 def test_only_some_gradients(device: str, needed: int) -> None:
     x = inputs(device)
@@ -139,6 +140,7 @@ def test_captured_in_a_graph() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_never_waits_for_the_device() -> None:
     x = inputs("cuda", torch.bfloat16)
     offsets = torch.tensor([0, 13, 13, 40], dtype=torch.int32, device="cuda")

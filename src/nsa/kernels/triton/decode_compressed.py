@@ -1,7 +1,8 @@
 """The compressed branch of a decode step: all query rows of a KV head over a part of its blocks.
 
-A part's output and lse go to a buffer, ``decode_merge`` adds the parts up; the scores are kept in fp32 for the selection, which
-needs the lse of all parts first. Reading the keys twice would cost four times the bytes.
+A part's output and lse go to a buffer, ``decode_merge`` adds the parts up. The selection needs the probabilities, and these the
+lse of all parts; so each tile's weights are kept, added up over the blocks of a cell, with the maximum that they refer to. That
+is less than the scores, and reading the keys twice would cost four times the bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa import tuning
+from nsa.decode_tuning import Cells
+from nsa.kernels.triton.dependent import dependents_may_start, launch_options, wait_for_inputs
 from nsa.kernels.triton.interval_forward import end_seen
-from nsa.kernels.triton.tile import LOG2E, LOWEST, dot, load_rows, softmax_end, softmax_step, wide
+from nsa.kernels.triton.tile import LOG2E, LOWEST, dot, load_rows, softmax_end, weighted_softmax_step, wide
 from nsa.tuning import Tile
 
 
@@ -55,17 +58,19 @@ def store_part(o, lse, row, part, parts, keep, out, row_lse, DV: tl.constexpr, B
         "kv_heads",
         "parts",
         "splits",
+        "tiles",
         "length",
         "stride",
-        "blocks",
     ]
 )
 def decode_compressed_kernel(
-    q, k, v, table, lengths, o, lse, scores,
-    max_pages, rows, queries, heads, group, kv_heads, parts, splits, length, stride, blocks, scale,
-    PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    q, k, v, table, lengths, o, lse, own, following, peaks,
+    max_pages, rows, queries, heads, group, kv_heads, parts, splits, tiles, length, stride, scale,
+    PER: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    dependents_may_start(DEPENDENT)
     part, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, hk = pair // kv_heads, pair % kv_heads
     number = tile * BM + tl.arange(0, BM)  # of a query row among those of this KV head: query by query, head by head
@@ -73,49 +78,66 @@ def decode_compressed_kernel(
     query = number // group
     row = wide(batch * queries) * heads + query * heads + hk * group + number % group
     pos = tl.load(lengths + batch) - queries + query
-    seen = end_seen(pos, length, stride, blocks)
-    stop = end_seen(tl.load(lengths + batch) - 1, length, stride, blocks)
-    size = tl.cdiv(tl.cdiv(stop, BN), splits) * BN
-    start = part * size
-    stop = tl.minimum(start + size, stop)
+    BC: tl.constexpr = BN // CELL  # cells of a tile
+    most = tiles * BC // CELLS * PER
+    seen = end_seen(pos, length, stride, most)
+    stop = end_seen(tl.load(lengths + batch) - 1, length, stride, most)
+    first, last = part_of_tiles(part, splits, stop, PER, CELLS, BC)
 
     dims, dims_v = tl.arange(0, BD), tl.arange(0, BDV)
+    column, cell = tl.arange(0, BN), tl.arange(0, BC)
     m = tl.full([BM], LOWEST, tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
-    if start < stop:
+    if first < last:
         qt = load_rows(q, row * D, dims, keep, D)  # [BM, BD]
         lead = length // stride - 1
-        for n in tl.range(start, stop, BN):
-            block = n + tl.arange(0, BN)
-            inside = block < stop
+        for t in tl.range(first, last):
+            place = (t * BC + column // CELL) % CELLS * CELL + column % CELL  # among those that start in its selection block
+            block = (t * BC + column // CELL) // CELLS * PER + place
+            inside = (place < PER) & (block < stop)
             at = pool_rows(block + lead, inside, batch, table, max_pages, rows, PER_PAGE) * kv_heads + hk
             kt = stream_rows(k, at * D, dims, inside, D)  # [BN, BD]
             s = dot(qt, kt.T)  # [BM, BN]
-            at_scores = scores + row[:, None] * blocks + block[None, :]
-            tl.store(at_scores, s, mask=keep[:, None] & inside[None, :], eviction_policy="evict_last")
             s = tl.where(inside[None, :] & (block[None, :] < seen[:, None]), s, float("-inf"))
             vt = stream_rows(v, at * DV, dims_v, inside, DV)  # [BN, BDV]
-            m, l, acc = softmax_step(s, scale, vt, m, l, acc)
+            p, m, l, acc = weighted_softmax_step(s, scale, vt, m, l, acc)
+            strides = tl.minimum(PER - place, lead + 1)  # of a block that lie in its own selection block, the others follow
+            to_own = tl.sum(tl.reshape(p * strides[None, :], [BM, BC, CELL]), 2)
+            to_following = tl.sum(tl.reshape(p * (lead + 1 - strides)[None, :], [BM, BC, CELL]), 2)
+            here = (row * tiles + t)[:, None] * BC + cell[None, :]
+            tl.store(own + here, to_own, mask=keep[:, None])
+            tl.store(following + here, to_following, mask=keep[:, None])
+            tl.store(peaks + row * tiles + t, m, mask=keep)
     out, row_lse = softmax_end(m, l, acc)
     store_part(o, lse, row, part, parts, keep, out, row_lse, DV, BDV)
 
 
+@triton.jit
+def part_of_tiles(part, splits, stop, PER: tl.constexpr, CELLS: tl.constexpr, BC: tl.constexpr):
+    """The tiles of a part where ``stop`` compressed blocks are seen."""
+    count = tl.cdiv(tl.cdiv(stop, PER) * CELLS, BC)
+    size = tl.cdiv(count, splits)
+    return part * size, tl.minimum(part * size + size, count)
+
+
 def decode_compressed(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, o: Tensor, lse: Tensor, scores: Tensor,
-    splits: int, tile: Tile, paged: bool, length: int, stride: int, softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, o: Tensor, lse: Tensor, kept: tuple[Tensor, ...],
+    splits: int, tile: Tile, cells: Cells, paged: bool, length: int, stride: int, size: int, softmax_scale: float,
 ) -> None:  # fmt: skip
-    """Parts ``0 .. splits - 1`` of o fp32 ``[B, TQ, HQ, parts, DV]`` and lse fp32 ``[B, TQ, HQ, parts]``; the raw products go
-    to scores fp32 ``[B, TQ, HQ, blocks]``.
+    """Parts ``0 .. splits - 1`` of o fp32 ``[B, TQ, HQ, parts, DV]`` and lse fp32 ``[B, TQ, HQ, parts]``.
 
     q ``[B, TQ, HQ, D]`` contiguous, k ``[pages, rows, HK, D]``, v likewise, table int32 ``[B, max_pages]``, lengths int32
-    ``[B]``.
+    ``[B]``. kept: fp32 ``[B, TQ, HQ, cells]`` twice, weights for the selection block that a cell's blocks start in and for the
+    one behind it, and fp32 ``[B, TQ, HQ, tiles]``, the maximum that they refer to, in units of log2.
     """
     batch, queries, heads, dim = q.shape
     kv_heads, value_dim, group = k.shape[2], v.shape[-1], heads // k.shape[2]
+    dependent, options = launch_options(q.device)
     decode_compressed_kernel[(splits, triton.cdiv(queries * group, tile.block_m), batch * kv_heads)](
-        q, k, v, table, lengths, o, lse, scores, table.shape[1], k.shape[1], queries, heads, group, kv_heads,
-        lse.shape[-1], splits, length, stride, scores.shape[-1], softmax_scale * LOG2E.value,
-        PER_PAGE=k.shape[1] if paged else 0, D=dim, DV=value_dim, BM=tile.block_m, BN=tile.block_n,
-        BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        q, k, v, table, lengths, o, lse, *kept, table.shape[1], k.shape[1], queries, heads, group, kv_heads,
+        lse.shape[-1], splits, cells.tiles, length, stride, softmax_scale * LOG2E.value,
+        PER=size // stride, CELL=cells.width, CELLS=cells.per_block, PER_PAGE=k.shape[1] if paged else 0, D=dim, DV=value_dim,
+        BM=tile.block_m, BN=tile.block_n, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip

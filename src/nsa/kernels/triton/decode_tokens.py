@@ -1,7 +1,8 @@
 """The selected and the window branch of a decode step: one query's heads over a part of its blocks, or of its window.
 
-Both are short and read tokens, so one launch has programs for each: the first parts take tiles of the selected blocks through
-the block table, the others tiles of the window out of the ring.
+Both are short and read tokens, so one launch has programs for each: some parts take tiles of the selected blocks through the
+block table, the others tiles of the window out of the ring. These come first and need no selection: where launches may overlap
+they run beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from nsa import tuning
 from nsa.decode_tuning import TokenSplits
 from nsa.kernels.triton.decode_compressed import pool_rows, store_part, stream_rows
+from nsa.kernels.triton.dependent import dependents_may_start, launch_options, wait_for_inputs
 from nsa.kernels.triton.tile import LOG2E, LOWEST, dot, load_rows, softmax_end, softmax_step, wide
 from nsa.tuning import Tile
 
@@ -38,9 +40,11 @@ def decode_tokens_kernel(
     q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse,
     max_pages, rows, queries, heads, group, kv_heads, parts, first_part, selected_parts, tiles, n, window, slots, scale,
     SIZE: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    part, head_tile, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dependents_may_start(DEPENDENT)
+    which, head_tile = tl.program_id(0), tl.program_id(1)
+    part = tl.num_programs(2) - 1 - tl.program_id(2)  # the window's parts are the last
     hk, number = which % kv_heads, which // kv_heads  # number: batch * queries + query
     batch, query = number // queries, number % queries
     head = head_tile * BM + tl.arange(0, BM)
@@ -57,6 +61,7 @@ def decode_tokens_kernel(
         k, v = k_win, v_win
     else:
         k, v = k_slc, v_slc
+        wait_for_inputs(DEPENDENT)
     PER_BLOCK: tl.constexpr = (SIZE + BN - 1) // BN
     first = tl.maximum(pos - window + 1, 0)
     count = tl.maximum(pos + 1 - first, 0)
@@ -94,11 +99,13 @@ def decode_tokens(
     """
     batch, queries, heads, dim = q.shape
     kv_heads, value_dim, group = k_slc.shape[2], v_slc.shape[-1], heads // k_slc.shape[2]
-    grid = (splits.selected + splits.window, triton.cdiv(group, tile.block_m), batch * queries * kv_heads)
+    grid = (batch * queries * kv_heads, triton.cdiv(group, tile.block_m), splits.selected + splits.window)
+    dependent, options = launch_options(q.device)
     decode_tokens_kernel[grid](
         q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse, table.shape[1], k_slc.shape[1], queries, heads, group,
         kv_heads, lse.shape[-1], first_part, splits.selected, splits.tiles, indices.shape[-1], window, k_win.shape[1],
         softmax_scale * LOG2E.value,
         SIZE=size, PER_PAGE=k_slc.shape[1] if paged else 0, D=dim, DV=value_dim, BM=tile.block_m, BN=tile.block_n,
-        BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip

@@ -71,12 +71,19 @@ def softmax_step(s, scale, v, m, l, acc):
 
     The scale is applied in the exponent, where it costs nothing: the subtraction becomes a fused multiply-add.
     """
+    p, m, l, acc = weighted_softmax_step(s, scale, v, m, l, acc)
+    return m, l, acc
+
+
+@triton.jit
+def weighted_softmax_step(s, scale, v, m, l, acc):
+    """``softmax_step`` that also returns the tile's weights: probabilities times ``exp2(lse - m)``, lse in units of log2."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     alpha = tl.exp2(m - m_new)
     l = l * alpha + tl.sum(p, 1)
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
-    return m_new, l, acc
+    return p, m_new, l, acc
 
 
 @triton.jit

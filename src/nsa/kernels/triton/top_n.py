@@ -23,14 +23,21 @@ WIDEST = 16384  # blocks that a program ranks without going back to memory
 
 
 @triton.jit
-def _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ: tl.constexpr):
-    """``[rows, BJ]`` integers that rank the blocks from ``j0``: -1 for none, ``INFINITY`` for forced."""
-    j = j0 + tl.arange(0, BJ)[None, :]
+def ranked(value, j, own, keep, num_initial, num_local):
+    """``[rows, len(j)]`` integers that rank the blocks ``j`` of importance ``value``: -1 for none, ``INFINITY`` for forced."""
+    j = j[None, :]
     candidate = (j <= own[:, None]) & keep[:, None]
-    at = importance + (row[:, None] * kv_heads + hk) * blocks + j
-    value = tl.load(at, mask=candidate & (j < blocks), other=0.0).to(tl.int32, bitcast=True)
     forced = (j < num_initial) | (j > own[:, None] - num_local)
-    return tl.where(candidate, tl.where(forced, INFINITY, value), -1)
+    return tl.where(candidate, tl.where(forced, INFINITY, value.to(tl.int32, bitcast=True)), -1)
+
+
+@triton.jit
+def load_ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ: tl.constexpr):
+    """``ranked`` of the blocks from ``j0`` on, out of importance ``[rows, HK, blocks]``."""
+    j = j0 + tl.arange(0, BJ)
+    inside = (j[None, :] <= own[:, None]) & keep[:, None] & (j < blocks)[None, :]
+    value = tl.load(importance + (row[:, None] * kv_heads + hk) * blocks + j[None, :], mask=inside, other=0.0)
+    return ranked(value, j, own, keep, num_initial, num_local)
 
 
 @triton.jit
@@ -49,6 +56,76 @@ def _trial(low, high, c_low, c_high, n, step):
     gap = high - low
     ahead = (gap.to(tl.float32) * tl.where(step % 2 == 0, share, 0.5)).to(tl.int32)
     return low + tl.minimum(tl.maximum(ahead, 1), gap - 1)
+
+
+@triton.jit
+def store_top_n(
+    rank, importance, row, own, keep, out, hk, kv_heads, blocks, n, num_initial, num_local,
+    BM: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The ``n`` blocks of every row to its pointer ``out [BM, 1]``, ascending.
+
+    ``WHOLE``, ``rank [BM, BJ]`` are all ranks; else they are loaded, ``BJ`` at a time, as often as it takes.
+    """
+    end = tl.minimum(tl.max(tl.where(keep, own, -1), 0) + 1, blocks)
+    # Bracket the n-th rank: ``low`` is reached by n blocks or more, ``high`` by fewer.
+    low = tl.zeros([BM], tl.int32)
+    top = tl.full([BM], -1, tl.int32)
+    c_high = tl.zeros([BM], tl.int32)
+    c_low = own + 1
+    if WHOLE:
+        top, c_high = _top_and_forced(rank, top, c_high)
+        # At least n groups of blocks have a highest rank, and n blocks or more reach the lowest of those.
+        low = tl.maximum(tl.min(tl.max(tl.reshape(rank, [BM, BJ // GROUPS, GROUPS]), 1), 1), 0)
+        c_low = tl.sum((rank >= low[:, None]).to(tl.int32), 1)
+    else:
+        for j0 in tl.range(0, end, BJ):
+            ranks = load_ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+            top, c_high = _top_and_forced(ranks, top, c_high)
+    high = top + 1
+    low, c_low = tl.where(c_high == n, INFINITY, low), tl.where(c_high == n, n, c_low)
+    few = (own < n) | (keep == 0)
+    unsettled = (few == 0) & (c_low != n) & (high - low > 1)
+    step = 0
+    while tl.max(unsettled.to(tl.int32), 0) > 0:
+        trial = _trial(low, high, c_low, c_high, n, step)
+        reached = tl.zeros([BM], tl.int32)
+        if WHOLE:
+            reached += tl.sum((rank >= trial[:, None]).to(tl.int32), 1)
+        else:
+            for j0 in tl.range(0, end, BJ):
+                ranks = load_ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+                reached += tl.sum((ranks >= trial[:, None]).to(tl.int32), 1)
+        up, down = unsettled & (reached >= n), unsettled & (reached < n)
+        low, c_low = tl.where(up, trial, low), tl.where(up, reached, c_low)
+        high, c_high = tl.where(down, trial, high), tl.where(down, reached, c_high)
+        unsettled = unsettled & (c_low != n) & (high - low > 1)
+        step += 1
+    # Blocks above the threshold are in; of those at it, the lowest fill the places that are left.
+    exact = few | (c_low == n)
+    threshold = tl.where(few, -1, tl.where(exact, low - 1, low))
+    ties = tl.where(exact, 0, n - c_high)
+    written = tl.zeros([BM], tl.int32)
+    tied = tl.zeros([BM], tl.int32)
+    for j0 in tl.range(0, BJ if WHOLE else end, BJ):
+        if not WHOLE:
+            rank = load_ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+        over = (rank > threshold[:, None]).to(tl.int32)
+        level = ((rank == threshold[:, None]) & (rank >= 0)).to(tl.int32)
+        # Both counts in one scan: BJ is at most 2^15 and some blocks are forced, so fewer than 2^15 are level.
+        both = over + level * 65536
+        before = tl.cumsum(both, 1) - both
+        level_before = (before >> 16) + tied[:, None]
+        place = (before & 65535) + written[:, None] + tl.minimum(level_before, ties[:, None])
+        taken = (over > 0) | ((level > 0) & (level_before < ties[:, None]))
+        tl.store(out + place, tl.broadcast_to(j0 + tl.arange(0, BJ)[None, :], [BM, BJ]), mask=taken)
+        counts = tl.sum(both, 1)
+        written += counts & 65535
+        tied += counts >> 16
+    total = written + tl.minimum(tied, ties)
+    place = tl.arange(0, BN)[None, :]
+    empty = (place >= total[:, None]) & (place < n) & keep[:, None]
+    tl.store(out + place, tl.full([BM, BN], -1, tl.int32), mask=empty)
 
 
 @triton.jit(
@@ -81,68 +158,13 @@ def top_n_kernel(
     keep = query < q_len
     own = (offset + query) // size
     row = wide(number) * TILE + within
-    end = tl.minimum(tl.max(tl.where(keep, own, -1), 0) + 1, blocks)
-    # Bracket the n-th rank: ``low`` is reached by n blocks or more, ``high`` by fewer.
-    low = tl.zeros([BM], tl.int32)
-    top = tl.full([BM], -1, tl.int32)
-    c_high = tl.zeros([BM], tl.int32)
-    c_low = own + 1
     rank = tl.zeros([BM, BJ], tl.int32)
     if WHOLE:
-        rank = _ranks(importance, row, own, keep, 0, hk, kv_heads, blocks, num_initial, num_local, BJ)
-        top, c_high = _top_and_forced(rank, top, c_high)
-        # At least n groups of blocks have a highest rank, and n blocks or more reach the lowest of those.
-        low = tl.maximum(tl.min(tl.max(tl.reshape(rank, [BM, BJ // GROUPS, GROUPS]), 1), 1), 0)
-        c_low = tl.sum((rank >= low[:, None]).to(tl.int32), 1)
-    else:
-        for j0 in tl.range(0, end, BJ):
-            ranks = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
-            top, c_high = _top_and_forced(ranks, top, c_high)
-    high = top + 1
-    low, c_low = tl.where(c_high == n, INFINITY, low), tl.where(c_high == n, n, c_low)
-    few = (own < n) | (query >= q_len)
-    unsettled = (few == 0) & (c_low != n) & (high - low > 1)
-    step = 0
-    while tl.max(unsettled.to(tl.int32), 0) > 0:
-        trial = _trial(low, high, c_low, c_high, n, step)
-        reached = tl.zeros([BM], tl.int32)
-        if WHOLE:
-            reached += tl.sum((rank >= trial[:, None]).to(tl.int32), 1)
-        else:
-            for j0 in tl.range(0, end, BJ):
-                ranks = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
-                reached += tl.sum((ranks >= trial[:, None]).to(tl.int32), 1)
-        up, down = unsettled & (reached >= n), unsettled & (reached < n)
-        low, c_low = tl.where(up, trial, low), tl.where(up, reached, c_low)
-        high, c_high = tl.where(down, trial, high), tl.where(down, reached, c_high)
-        unsettled = unsettled & (c_low != n) & (high - low > 1)
-        step += 1
-    # Blocks above the threshold are in; of those at it, the lowest fill the places that are left.
-    exact = few | (c_low == n)
-    threshold = tl.where(few, -1, tl.where(exact, low - 1, low))
-    ties = tl.where(exact, 0, n - c_high)
+        rank = load_ranks(importance, row, own, keep, 0, hk, kv_heads, blocks, num_initial, num_local, BJ)
     out += ((batch * rows_q + q_row + query) * kv_heads + hk)[:, None] * n
-    written = tl.zeros([BM], tl.int32)
-    tied = tl.zeros([BM], tl.int32)
-    for j0 in tl.range(0, BJ if WHOLE else end, BJ):
-        if not WHOLE:
-            rank = _ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
-        over = (rank > threshold[:, None]).to(tl.int32)
-        level = ((rank == threshold[:, None]) & (rank >= 0)).to(tl.int32)
-        # Both counts in one scan: BJ is at most 2^14, so each fits 16 bits.
-        both = over + level * 65536
-        before = tl.cumsum(both, 1) - both
-        level_before = (before >> 16) + tied[:, None]
-        place = (before & 65535) + written[:, None] + tl.minimum(level_before, ties[:, None])
-        taken = (over > 0) | ((level > 0) & (level_before < ties[:, None]))
-        tl.store(out + place, tl.broadcast_to(j0 + tl.arange(0, BJ)[None, :], [BM, BJ]), mask=taken)
-        counts = tl.sum(both, 1)
-        written += counts & 65535
-        tied += counts >> 16
-    total = written + tl.minimum(tied, ties)
-    place = tl.arange(0, BN)[None, :]
-    empty = (place >= total[:, None]) & (place < n) & keep[:, None]
-    tl.store(out + place, tl.full([BM, BN], -1, tl.int32), mask=empty)
+    store_top_n(
+        rank, importance, row, own, keep, out, hk, kv_heads, blocks, n, num_initial, num_local, BM, BJ, BN, GROUPS, WHOLE
+    )
 
 
 def select_blocks(
