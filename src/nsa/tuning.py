@@ -111,15 +111,15 @@ def interval_forward(dim: int, value_dim: int, dtype: torch.dtype, windowed: boo
     return _fitting(tile, "forward", dim, value_dim, dtype, arch)
 
 
-def interval_dq(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
+def interval_dq(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
     wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
     if dtype == torch.float32:
         tile = Tile(32, 16, 4, 1) if wide else Tile(32, 32, 4, 1)
     elif wide or not _hopper(arch):
         tile = Tile(64, 32, 4, 1)
     else:
-        # window 3.7 ms (2 stages: 4.3); compressed 11.1 ms (128 rows, 8 warps, 2 stages: 12.7)
-        tile = Tile(64, 64, 4, 3 if windowed else 2)
+        # window 4.2 ms (3 stages: 6.3; 128 rows, 8 warps, 3 stages: 5.6); compressed 11.3 ms (3 stages: 14.2; 128 rows: 11.1)
+        tile = Tile(64, 64, 4, 2)
     return _fitting(tile, "dq", dim, value_dim, dtype, arch)
 
 
@@ -168,7 +168,7 @@ def selected_forward(dim: int, value_dim: int, dtype: torch.dtype, group: int, s
 def selected_dq(dim: int, value_dim: int, dtype: torch.dtype, group: int, size: int, arch: int) -> Tile:
     """As ``selected_forward``."""
     wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
-    # 17.8 ms (3 stages: 26.8)
+    # 11.9 ms (1 stage: 14.9; 3 stages: 18.9)
     tile = Tile(_union_rows(group), padded(size), 4, 2 if dtype != torch.float32 and not wide and _hopper(arch) else 1)
     return _fitting(tile, "dq", dim, value_dim, dtype, arch)
 
@@ -197,7 +197,7 @@ def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
     elif wide or not _hopper(arch):
         tile = Tile(64, 64, 4, 2)
     else:
-        # 5.7 ms without the top-n (128 queries: 7.0; 64 blocks: 6.1)
+        # 5.1 to 5.5 ms without the top-n, with 2 stages 5.0 to 5.7 (128 queries: 7.3; 64 blocks: 6.2; 256: 7.7)
         tile = Tile(64, 128, 4, 3)
     return _fitting(tile, "importance", dim, dim, dtype, arch)
 

@@ -206,7 +206,7 @@ def test_ties_among_all_that_a_program_ranks(device: str) -> None:
     )  # fmt: skip
     tile = cells(cfg, 2 * WIDEST, 64)
     make = lambda *shape: torch.zeros(1, 1, 1, *shape, device=device)
-    kept = make(tile.tiles * tile.per_tile), make(tile.tiles * tile.per_tile), make(tile.tiles)
+    kept = make(tile.tiles * tile.per_tile), make(tile.tiles), make(tile.tiles)
     indices, lengths = make(5).int(), torch.full((1,), 2 * WIDEST, dtype=torch.int32, device=device)
     decode_select(kept, make(1), lengths, make(WIDEST), indices, WIDEST, 1, tile, 2, 2, 2, 1, 1)
     assert indices.flatten().tolist() == [0, 1, 2, 3, WIDEST - 1]
@@ -246,7 +246,7 @@ def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: 
     tile = cells(cfg, view.max_seq_len, block_n)
     make = lambda *shape: torch.full((len(q), queries, *shape), float("nan"), device=device)
     o, lse = make(cfg.num_heads, 9, cfg.value_dim), make(cfg.num_heads, 9)
-    kept = *(make(cfg.num_heads, tile.tiles * tile.per_tile) for _ in range(2)), make(cfg.num_heads, tile.tiles)
+    kept = make(cfg.num_heads, tile.tiles * tile.per_tile), *(make(cfg.num_heads, tile.tiles) for _ in range(2))
     got = make(cfg.num_kv_heads, cfg.num_selection_blocks(view.max_seq_len))
     sizes = cfg.block_length, cfg.block_stride, cfg.selection_block_size
     decode_compressed(

@@ -23,7 +23,7 @@ def decode(
 
     q ``[B, TQ, HQ, D]`` and gates ``[B, TQ, HQ, 3]`` contiguous; pools: k_slc, v_slc, k_cmp, v_cmp; rings: k_win, v_win; table
     int32 ``[B, max_pages]``, lengths int32 ``[B]``. All that is allocated here has a size that ``max_seq_len`` gives: the kept
-    weights are the largest, 2 numbers for each query head and selection block.
+    weights are the largest, a number for each query head and selection block.
     """
     batch, queries, heads = q.shape[:3]
     kv_heads, group, arch = cfg.num_kv_heads, cfg.group_size, tuning.arch(q.device)
@@ -40,7 +40,7 @@ def decode(
 
     make = lambda *shape: q.new_empty(batch, queries, *shape, dtype=torch.float32)
     part_o, part_lse = make(heads, parts, cfg.value_dim), make(heads, parts)
-    kept = *(make(heads, cells.tiles * cells.per_tile) for _ in range(2)), make(heads, cells.tiles)
+    kept = make(heads, cells.tiles * cells.per_tile), make(heads, cells.tiles), make(heads, cells.tiles)
     importance = make(kv_heads, selection) if selection > decode_tuning.FUSED else None
     indices = q.new_empty(batch, queries, kv_heads, cfg.num_selected_blocks, dtype=torch.int32)
     o = q.new_empty(batch, queries, heads, cfg.value_dim)

@@ -13,23 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.kernels.triton.decode_compressed import pool_rows
+from nsa.kernels.triton.dependent import dependents_may_start, launch_options
 from nsa.kernels.triton.tile import wide
 
 COLUMNS = 512  # numbers of a row, its heads one after another, that are moved together
 
 
 @triton.jit
-def _copy(new, pool, ring, at, slot, batch, queries, width, BT: tl.constexpr, BC: tl.constexpr):
-    """Rows of ``new`` to the rows ``at`` of ``pool``, where there is one, and to the slots ``slot`` of ``ring``."""
-    token = tl.arange(0, BT)
-    for c in tl.range(0, width, BC):
-        column = c + tl.arange(0, BC)
-        keep = (token < queries)[:, None] & (column < width)[None, :]
-        x = tl.load(new + (wide(batch * queries) + token)[:, None] * width + column[None, :], mask=keep, other=0.0)
-        if pool is not None:
-            tl.store(pool + at[:, None] * width + column[None, :], x, mask=keep)
-        if ring is not None:
-            tl.store(ring + slot[:, None] * width + column[None, :], x, mask=keep)
+def _load(new, rows, columns, keep, width):
+    return tl.load(new + rows * width + columns, mask=keep & (columns < width), other=0.0)
+
+
+@triton.jit
+def _store(to, rows, columns, keep, width, x):
+    tl.store(to + rows * width + columns, x, mask=keep & (columns < width))
 
 
 @triton.jit
@@ -92,8 +89,9 @@ def decode_append_kernel(
     nk_cmp, nv_cmp, nk_slc, nv_slc, nk_win, nv_win, made_k, made_v, k_slc, v_slc, k_cmp, v_cmp, k_win, v_win, k_tail, v_tail,
     table, lengths, limit, overflow, max_pages, rows, queries, kv_heads, window_slots, tail_slots, length, stride, count,
     MEAN: tl.constexpr, PAGED: tl.constexpr, PER_PAGE: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, BCL: tl.constexpr,
+    BT: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, BCL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    dependents_may_start(DEPENDENT)
     batch = tl.program_id(0)
     held = tl.load(lengths + batch)
     end = held + queries
@@ -123,12 +121,20 @@ def decode_append_kernel(
                     nv_cmp, v_tail, made_v, v_cmp, block, there, c, count, held, batch, queries, tail_slots, length, stride,
                     width_v, MEAN, BL, BCL,
                 )  # fmt: skip
-        _copy(nk_cmp, None, k_tail, at, tail, batch, queries, width, BT, BC)
-        _copy(nv_cmp, None, v_tail, at, tail, batch, queries, width_v, BT, BC)
-        _copy(nk_slc, k_slc, None, at, slot, batch, queries, width, BT, BC)
-        _copy(nv_slc, v_slc, None, at, slot, batch, queries, width_v, BT, BC)
-        _copy(nk_win, None, k_win, at, slot, batch, queries, width, BT, BC)
-        _copy(nv_win, None, v_win, at, slot, batch, queries, width_v, BT, BC)
+        rows_new, keep = (wide(batch * queries) + tl.arange(0, BT))[:, None], new[:, None]
+        at, slot, tail = at[:, None], slot[:, None], tail[:, None]
+        for c in tl.range(0, tl.maximum(width, width_v), BC):
+            column = (c + tl.arange(0, BC))[None, :]
+            # All loads before all stores: one wait for memory instead of six.
+            xk_cmp, xv_cmp = _load(nk_cmp, rows_new, column, keep, width), _load(nv_cmp, rows_new, column, keep, width_v)
+            xk_slc, xv_slc = _load(nk_slc, rows_new, column, keep, width), _load(nv_slc, rows_new, column, keep, width_v)
+            xk_win, xv_win = _load(nk_win, rows_new, column, keep, width), _load(nv_win, rows_new, column, keep, width_v)
+            _store(k_tail, tail, column, keep, width, xk_cmp)
+            _store(v_tail, tail, column, keep, width_v, xv_cmp)
+            _store(k_slc, at, column, keep, width, xk_slc)
+            _store(v_slc, at, column, keep, width_v, xv_slc)
+            _store(k_win, slot, column, keep, width, xk_win)
+            _store(v_win, slot, column, keep, width_v, xv_win)
         tl.debug_barrier()  # every warp has read the length
         tl.store(lengths + batch, end)
     else:
@@ -176,5 +182,6 @@ def decode_append(
         table.shape[1], rows, queries, kv_heads, rings[0].shape[1], rings[2].shape[1], length, stride,
         (queries - 1) // stride + 1 if made is None else made[0].shape[1],
         MEAN=made is None, PAGED=paged, PER_PAGE=rows if paged else 0, STRIDE=stride, D=dim, DV=new[1].shape[-1],
-        BT=triton.next_power_of_2(queries), BL=covers, BC=COLUMNS, BCL=_columns(covers), num_warps=8,
+        BT=triton.next_power_of_2(queries), BL=covers, BC=COLUMNS, BCL=_columns(covers),
+        DEPENDENT=launch_options(table.device)[0], num_warps=8,
     )  # fmt: skip

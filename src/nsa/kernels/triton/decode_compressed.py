@@ -64,7 +64,7 @@ def store_part(o, lse, row, part, parts, keep, out, row_lse, DV: tl.constexpr, B
     ]
 )
 def decode_compressed_kernel(
-    q, k, v, table, lengths, o, lse, own, following, peaks,
+    q, k, v, table, lengths, o, lse, weights, edges, peaks,
     max_pages, rows, queries, heads, group, kv_heads, parts, splits, tiles, length, stride, scale,
     PER: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -103,11 +103,13 @@ def decode_compressed_kernel(
             vt = stream_rows(v, at * DV, dims_v, inside, DV)  # [BN, BDV]
             p, m, l, acc = weighted_softmax_step(s, scale, vt, m, l, acc)
             strides = tl.minimum(PER - place, lead + 1)  # of a block that lie in its own selection block, the others follow
-            to_own = tl.sum(tl.reshape(p * strides[None, :], [BM, BC, CELL]), 2)
-            to_following = tl.sum(tl.reshape(p * (lead + 1 - strides)[None, :], [BM, BC, CELL]), 2)
-            here = (row * tiles + t)[:, None] * BC + cell[None, :]
-            tl.store(own + here, to_own, mask=keep[:, None])
-            tl.store(following + here, to_following, mask=keep[:, None])
+            weight = tl.sum(tl.reshape(p * strides[None, :], [BM, BC, CELL]), 2)
+            following = tl.sum(tl.reshape(p * (lead + 1 - strides)[None, :], [BM, BC, CELL]), 2)
+            if BC > 1:
+                before = tl.gather(following, tl.broadcast_to(tl.maximum(cell - 1, 0)[None, :], [BM, BC]), 1)
+                weight += tl.where(cell[None, :] > 0, before, 0.0)
+            tl.store(weights + (row * tiles + t)[:, None] * BC + cell[None, :], weight, mask=keep[:, None])
+            tl.store(edges + row * tiles + t, tl.sum(tl.where(cell[None, :] == BC - 1, following, 0.0), 1), mask=keep)
             tl.store(peaks + row * tiles + t, m, mask=keep)
     out, row_lse = softmax_end(m, l, acc)
     store_part(o, lse, row, part, parts, keep, out, row_lse, DV, BDV)
@@ -128,8 +130,8 @@ def decode_compressed(
     """Parts ``0 .. splits - 1`` of o fp32 ``[B, TQ, HQ, parts, DV]`` and lse fp32 ``[B, TQ, HQ, parts]``.
 
     q ``[B, TQ, HQ, D]`` contiguous, k ``[pages, rows, HK, D]``, v likewise, table int32 ``[B, max_pages]``, lengths int32
-    ``[B]``. kept: fp32 ``[B, TQ, HQ, cells]`` twice, weights for the selection block that a cell's blocks start in and for the
-    one behind it, and fp32 ``[B, TQ, HQ, tiles]``, the maximum that they refer to, in units of log2.
+    ``[B]``. kept, in fp32: the weights of each cell's selection block ``[B, TQ, HQ, cells]``, what each tile hands to the first
+    one of the next, and the maximum that a tile's weights refer to, in units of log2, both ``[B, TQ, HQ, tiles]``.
     """
     batch, queries, heads, dim = q.shape
     kv_heads, value_dim, group = k.shape[2], v.shape[-1], heads // k.shape[2]
