@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases import KINDS
-from tests.kernels.draws import portable, shapes
+from tests.kernels.draws import kind_of, layout, portable, shapes
 
 DEVICES = {"cuda": pytest.mark.gpu, "cpu": pytest.mark.interpreter}
 FEWEST = {"cuda": 504, "cpu": 24}  # 24: every kind of call with every shape
@@ -25,9 +24,7 @@ def _draws(config: pytest.Config, device: str) -> list[object]:
     known = len(shapes(device))
 
     def group(draw: int) -> str:
-        kind = KINDS[draw // known % len(KINDS)]
-        layout = "packed" if kind.startswith("packed") else "table" if kind.endswith("tensor") else "plain"
-        return f"{draw % known}-{layout}-{portable(draw, device)}"
+        return f"{draw % known}-{layout(kind_of(draw, device))}-{portable(draw, device)}"
 
     return [
         pytest.param(device, draw, marks=[DEVICES[device], pytest.mark.xdist_group(group(draw))], id=f"{device}-{draw}")

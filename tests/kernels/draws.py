@@ -74,19 +74,39 @@ def shapes(device: str) -> tuple[Shape, ...]:
     return GPU_SHAPES if device == "cuda" else INTERPRETER_SHAPES
 
 
+LAYOUTS = ("plain", "table", "packed")  # of lengths, each compiled for itself
+EVERY_LAYOUT = 9  # of the shapes on a GPU, the first: compiling is most of the suite's time
+
+
+def layout(kind: str) -> str:
+    return "packed" if kind.startswith("packed") else "table" if kind.endswith("tensor") else "plain"
+
+
+def kinds(number: int, device: str) -> tuple[str, ...]:
+    """The kinds of calls of a shape: all of them, or those of two layouts in three."""
+    left_out = LAYOUTS[number % 3] if device == "cuda" and number >= EVERY_LAYOUT else None
+    return tuple(kind for kind in KINDS if layout(kind) != left_out)
+
+
+def kind_of(draw: int, device: str) -> str:
+    known = len(shapes(device))
+    some = kinds(draw % known, device)
+    return some[draw // known % len(some)]
+
+
 def portable(draw: int, device: str) -> bool:
     """Whether case ``draw`` does without kernels that only one kind of GPU runs: every other round, where there are any."""
     known = shapes(device)
     shape = known[draw % len(known)]
     some = shape.dtype != "float32" and shape.dim in (64, 128) and shape.value_dim in (64, 128)
-    return some and draw // (len(known) * len(KINDS)) % 2 == 1
+    return some and draw // (len(known) * len(kinds(draw % len(known), device))) % 2 == 1
 
 
 def drawn_case(draw: int, device: str) -> tuple[Case, torch.dtype]:
     """Case number ``draw``: consecutive ones visit every shape, then every kind of call."""
     known = shapes(device)
     shape, rng = known[draw % len(known)], random.Random(draw)
-    kind = KINDS[draw // len(known) % len(KINDS)]
+    kind = kind_of(draw, device)
     cfg = shape.config(rng)
     while True:
         case = random_call(rng, draw, cfg, kind, 500 if device == "cuda" else 40)
