@@ -16,8 +16,8 @@ from nsa.tuning import Tile, padded, padded_dim
 
 COMPRESSED_PROGRAMS = 264
 TOKEN_PROGRAMS = 396
-WIDEST = 32768  # blocks that a program ranks without going back to memory
-FUSED = 2048  # blocks whose importance the program that ranks them adds up itself
+RANKED = 512  # blocks that a program adds up the importance of and ranks
+RANKED_AGAIN = 4096  # that one ranks of those which such programs chose
 
 
 def tile(cfg: NSAConfig, rows: int, dtype: torch.dtype, arch: int) -> Tile:
@@ -78,9 +78,11 @@ def token_splits(cfg: NSAConfig, programs: int, block_n: int) -> TokenSplits:
     return TokenSplits(tiles, -(-selected // tiles), -(-window // tiles))
 
 
-def ranking_warps(width: int) -> int:
-    """Of a program that ranks ``width`` blocks."""
-    return max(1, min(32, width // 512))
+def ranking(n: int, again: bool, count: int, least: int = 16) -> tuple[int, int]:
+    """Blocks that a program ranks, of ``count``, and its warps; each program chooses ``n``, so there must be more."""
+    most = max(RANKED_AGAIN if again else RANKED, 1 << (4 * n - 1).bit_length())
+    width = max(least, 16, min(most, 1 << (count - 1).bit_length()))
+    return width, max(1, min(8, width // (512 if again else 128)))
 
 
 def dependent_launch(arch: int) -> bool:

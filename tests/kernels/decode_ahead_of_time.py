@@ -5,23 +5,20 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from unittest import mock
 
 import torch
 
 import nsa
-from nsa import decode_tuning
 from nsa.decode_ops import decode
 from tests.kernels.ahead_of_time import DIMS, DTYPES, SHARED, TARGETS, compiling
 
-# Queries, group, page size, tokens of room, and blocks that are ranked in the launch that adds up their importance.
-STEPS = ((1, 16, None, 1 << 16, 2048), (16, 16, 64, 4096, 2048), (3, 1, 128, 4096, 0), (2, 128, None, 4096, 2048))
+STEPS = ((1, 16, None, 1 << 16), (16, 16, 64, 4096), (3, 1, 128, 4096), (2, 128, None, 4096))  # queries, group, page size, room
 
 
 def compile_steps(target: str, dtype: torch.dtype, dim: int, value_dim: int) -> dict[str, int]:
     """Shared memory in bytes of every kernel that appending a step and attending to it launch."""
     used: dict[str, int] = {}
-    for queries, group, page_size, tokens, fused in STEPS:
+    for queries, group, page_size, tokens in STEPS:
         cfg = nsa.NSAConfig(head_dim=dim, value_dim=value_dim, num_heads=2 * group, num_kv_heads=2)
         cache = nsa.NSACache(cfg, 2, tokens, dtype=dtype, page_size=page_size)
         k, v = torch.zeros(2, queries, 2, dim, dtype=dtype), torch.zeros(2, queries, 2, value_dim, dtype=dtype)
@@ -33,8 +30,7 @@ def compile_steps(target: str, dtype: torch.dtype, dim: int, value_dim: int) -> 
                 cache.crop(0)
                 for _ in range(32 // queries + 1):  # until a block is complete
                     cache.append(k, v, k, v, k, v, compress_k, compress_v)
-            with mock.patch.object(decode_tuning, "FUSED", fused):
-                decode(q, gates, cache.view())
+            decode(q, gates, cache.view())
         for launch in found:
             used[launch.kernel] = max(used.get(launch.kernel, 0), launch.shared)
     return used

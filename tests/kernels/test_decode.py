@@ -183,33 +183,35 @@ def test_ties_go_to_the_lowest_block(device: str, pages: int | None) -> None:
     assert indices[0, -1].tolist() == [[0, 1, 2, 3, 89 // 8]] * 2
 
 
-@pytest.mark.parametrize("widest", [4, 1 << 15])
-def test_more_blocks_than_a_program_ranks_at_once(device: str, widest: int) -> None:
+@pytest.mark.parametrize(("ranked", "ranked_again"), [(4, 4096), (4, 4)])
+def test_more_blocks_than_a_program_ranks(device: str, ranked: int, ranked_again: int) -> None:
+    """Those that several programs chose are ranked again, and again."""
     from nsa import decode_tuning
 
     filled = Filled(0, device, kernels=False)
     low = filled.inputs(1)
     want = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")[1]
-    with mock.patch.object(decode_tuning, "FUSED", 0), mock.patch.object(decode_tuning, "WIDEST", widest):
+    with mock.patch.multiple(decode_tuning, RANKED=ranked, RANKED_AGAIN=ranked_again):
         got = nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")[1]
     assert torch.equal(got, want)
 
 
 def test_ties_among_all_that_a_program_ranks(device: str) -> None:
-    """32,768 blocks at the threshold are one more than a signed word holds beside another count."""
-    from nsa.decode_tuning import WIDEST, cells
+    """Of each chunk the first ones are chosen, and of those the first."""
+    from nsa.decode_tuning import RANKED, cells
     from nsa.kernels.triton.decode_select import decode_select
 
     cfg = nsa.NSAConfig(
         head_dim=16, num_heads=1, block_length=2, block_stride=2, selection_block_size=2, num_selected_blocks=5,
         num_local_blocks=1,
     )  # fmt: skip
-    tile = cells(cfg, 2 * WIDEST, 64)
+    blocks = 3 * RANKED + 1
+    tile = cells(cfg, 2 * blocks, 64)
     make = lambda *shape: torch.zeros(1, 1, 1, *shape, device=device)
     kept = make(tile.tiles * tile.per_tile), make(tile.tiles), make(tile.tiles)
-    indices, lengths = make(5).int(), torch.full((1,), 2 * WIDEST, dtype=torch.int32, device=device)
-    decode_select(kept, make(1), lengths, make(WIDEST), indices, WIDEST, 1, tile, 2, 2, 2, 1, 1)
-    assert indices.flatten().tolist() == [0, 1, 2, 3, WIDEST - 1]
+    indices, lengths = make(5).int(), torch.full((1,), 2 * blocks, dtype=torch.int32, device=device)
+    decode_select(kept, make(1), lengths, make(blocks), indices, 1, tile, 2, 2, 2, 1, 1)
+    assert indices.flatten().tolist() == [0, 1, 2, 3, blocks - 1]
 
 
 @pytest.mark.parametrize("pages", PAGES)
@@ -238,7 +240,7 @@ def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: 
     """Block by block: what a top-n lets through could hide a wrong weight, or a part's lse that is missing."""
     from nsa.decode_tuning import cells
     from nsa.kernels.triton.decode_compressed import decode_compressed
-    from nsa.kernels.triton.decode_select import decode_importance
+    from nsa.kernels.triton.decode_select import decode_select
 
     filled = Filled(number, device, kernels=False)
     cfg, view, queries = filled.cfg, filled.cache.view(), min(2, *filled.cache.lengths)
@@ -253,7 +255,8 @@ def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: 
         q, view.k_cmp, view.v_cmp, view.table, view.lengths, o, lse, kept, splits, tuning.Tile(16, block_n, 4, 1), tile,
         not view.contiguous, *sizes, cfg.softmax_scale,
     )  # fmt: skip
-    decode_importance(kept, lse, view.lengths, got, splits, tile, *sizes)
+    indices = torch.empty(len(q), queries, cfg.num_kv_heads, cfg.num_selected_blocks, dtype=torch.int32, device=device)
+    decode_select(kept, lse, view.lengths, got, indices, splits, tile, *sizes, cfg.num_initial_blocks, cfg.num_local_blocks)
     k_cmp, v_cmp = (x.double().nan_to_num() for x in view.compressed())
     for b, length in enumerate(view.host_lengths):
         mine, k, v = q[b : b + 1].double(), k_cmp[b : b + 1], v_cmp[b : b + 1]

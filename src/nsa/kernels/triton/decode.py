@@ -1,4 +1,4 @@
-"""A decode step over what a cache holds: four or five launches, none of which depends on a length on the host."""
+"""A decode step over what a cache holds: four launches or more, none of which depends on a length on the host."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def decode(
     make = lambda *shape: q.new_empty(batch, queries, *shape, dtype=torch.float32)
     part_o, part_lse = make(heads, parts, cfg.value_dim), make(heads, parts)
     kept = make(heads, cells.tiles * cells.per_tile), make(heads, cells.tiles), make(heads, cells.tiles)
-    importance = make(kv_heads, selection) if selection > decode_tuning.FUSED else None
+    importance = make(kv_heads, selection)
     indices = q.new_empty(batch, queries, kv_heads, cfg.num_selected_blocks, dtype=torch.int32)
     o = q.new_empty(batch, queries, heads, cfg.value_dim)
     sizes = cfg.block_length, cfg.block_stride, cfg.selection_block_size
@@ -49,17 +49,7 @@ def decode(
         q, pools[2], pools[3], table, lengths, part_o, part_lse, kept, splits, tile, cells, paged, *sizes, cfg.softmax_scale
     )
     decode_select(
-        kept,
-        part_lse,
-        lengths,
-        importance,
-        indices,
-        selection,
-        splits,
-        cells,
-        *sizes,
-        cfg.num_initial_blocks,
-        cfg.num_local_blocks,
+        kept, part_lse, lengths, importance, indices, splits, cells, *sizes, cfg.num_initial_blocks, cfg.num_local_blocks
     )
     decode_tokens(
         q, pools[0], pools[1], rings[0], rings[1], indices, table, lengths, part_o, part_lse, splits, token_splits,

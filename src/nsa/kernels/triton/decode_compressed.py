@@ -61,12 +61,14 @@ def store_part(o, lse, row, part, parts, keep, out, row_lse, DV: tl.constexpr, B
         "tiles",
         "length",
         "stride",
+        "per_block",
+        "cells",
     ]
 )
 def decode_compressed_kernel(
     q, k, v, table, lengths, o, lse, weights, edges, peaks,
-    max_pages, rows, queries, heads, group, kv_heads, parts, splits, tiles, length, stride, scale,
-    PER: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    max_pages, rows, queries, heads, group, kv_heads, parts, splits, tiles, length, stride, per_block, cells,
+    scale, CELL: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
@@ -79,10 +81,10 @@ def decode_compressed_kernel(
     row = wide(batch * queries) * heads + query * heads + hk * group + number % group
     pos = tl.load(lengths + batch) - queries + query
     BC: tl.constexpr = BN // CELL  # cells of a tile
-    most = tiles * BC // CELLS * PER
+    most = tiles * BC // cells * per_block
     seen = end_seen(pos, length, stride, most)
     stop = end_seen(tl.load(lengths + batch) - 1, length, stride, most)
-    first, last = part_of_tiles(part, splits, stop, PER, CELLS, BC)
+    first, last = part_of_tiles(part, splits, stop, per_block, cells, BC)
 
     dims, dims_v = tl.arange(0, BD), tl.arange(0, BDV)
     column, cell = tl.arange(0, BN), tl.arange(0, BC)
@@ -93,16 +95,23 @@ def decode_compressed_kernel(
         qt = load_rows(q, row * D, dims, keep, D)  # [BM, BD]
         lead = length // stride - 1
         for t in tl.range(first, last):
-            place = (t * BC + column // CELL) % CELLS * CELL + column % CELL  # among those that start in its selection block
-            block = (t * BC + column // CELL) // CELLS * PER + place
-            inside = (place < PER) & (block < stop)
+            # A block's place among those that start in its selection block, which a tile holds some of or a part of one.
+            if BC > 1:
+                place = column % CELL
+                block = (t * BC + column // CELL) * per_block + place
+            else:
+                place = t % cells * CELL + column
+                block = t // cells * per_block + place
+            inside = (place < per_block) & (block < stop)
             at = pool_rows(block + lead, inside, batch, table, max_pages, rows, PER_PAGE) * kv_heads + hk
             kt = stream_rows(k, at * D, dims, inside, D)  # [BN, BD]
             s = dot(qt, kt.T)  # [BM, BN]
             s = tl.where(inside[None, :] & (block[None, :] < seen[:, None]), s, float("-inf"))
             vt = stream_rows(v, at * DV, dims_v, inside, DV)  # [BN, BDV]
             p, m, l, acc = weighted_softmax_step(s, scale, vt, m, l, acc)
-            strides = tl.minimum(PER - place, lead + 1)  # of a block that lie in its own selection block, the others follow
+            strides = tl.minimum(
+                per_block - place, lead + 1
+            )  # of a block that lie in its own selection block, the others follow
             weight = tl.sum(tl.reshape(p * strides[None, :], [BM, BC, CELL]), 2)
             following = tl.sum(tl.reshape(p * (lead + 1 - strides)[None, :], [BM, BC, CELL]), 2)
             if BC > 1:
@@ -116,9 +125,9 @@ def decode_compressed_kernel(
 
 
 @triton.jit
-def part_of_tiles(part, splits, stop, PER: tl.constexpr, CELLS: tl.constexpr, BC: tl.constexpr):
+def part_of_tiles(part, splits, stop, per_block, cells, BC: tl.constexpr):
     """The tiles of a part where ``stop`` compressed blocks are seen."""
-    count = tl.cdiv(tl.cdiv(stop, PER) * CELLS, BC)
+    count = tl.cdiv(tl.cdiv(stop, per_block) * cells, BC)
     size = tl.cdiv(count, splits)
     return part * size, tl.minimum(part * size + size, count)
 
@@ -138,8 +147,8 @@ def decode_compressed(
     dependent, options = launch_options(q.device)
     decode_compressed_kernel[(splits, triton.cdiv(queries * group, tile.block_m), batch * kv_heads)](
         q, k, v, table, lengths, o, lse, *kept, table.shape[1], k.shape[1], queries, heads, group, kv_heads,
-        lse.shape[-1], splits, cells.tiles, length, stride, softmax_scale * LOG2E.value,
-        PER=size // stride, CELL=cells.width, CELLS=cells.per_block, PER_PAGE=k.shape[1] if paged else 0, D=dim, DV=value_dim,
+        lse.shape[-1], splits, cells.tiles, length, stride, size // stride, cells.per_block, softmax_scale * LOG2E.value,
+        CELL=cells.width, PER_PAGE=k.shape[1] if paged else 0, D=dim, DV=value_dim,
         BM=tile.block_m, BN=tile.block_n, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip

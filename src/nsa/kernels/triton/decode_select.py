@@ -1,7 +1,9 @@
 """The selection of a decode step: block importance out of the kept weights, then the ``n`` blocks of every query.
 
-A weight refers to the maximum that was known when it was kept. Both together and the lse of all parts make a probability. Where
-the blocks are few, the program that ranks them adds up their importance too; else that is a launch of its own.
+A weight refers to the maximum that was known when it was kept. Both together and the lse of all parts make a probability. A
+program adds up the importance of some blocks and chooses ``n`` of them. Where there are more of these programs for a query, the
+next launch chooses among what they chose: the ``n`` highest of all blocks are among the ``n`` highest of their chunks, and so
+are the lowest of those that tie.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from nsa.kernels.triton.interval_forward import end_seen
 from nsa.kernels.triton.tile import LOG2E, wide
 from nsa.kernels.triton.top_n import ranked, store_top_n
 
-TILE = 16384  # heads by selection blocks, looked at together
+TILE = 8192  # heads by selection blocks, looked at together
 
 
 @triton.jit
@@ -37,16 +39,16 @@ def _tile_weights(x, peaks, row, t, row_lse, inside, tiles):
 @triton.jit
 def _importance(
     weights, edges, peaks, lse, first_row, stop, u0, group, parts, splits, tiles,
-    PER: tl.constexpr, CELLS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
+    per_block, cells, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """P of ``BJ`` selection blocks from ``u0 * BC`` on to the ``group`` heads from ``first_row`` on: fp32 ``[BJ]``.
 
-    ``stop`` compressed blocks are kept, in tiles of ``BC`` selection blocks, or of a ``CELLS``-th of one.
+    ``stop`` compressed blocks are kept, in tiles of ``BC`` selection blocks, or of one of the ``cells`` of one.
     """
     NT: tl.constexpr = BJ // BC
     part, cell = tl.arange(0, BP), tl.arange(0, BC)
     u = u0 + tl.arange(0, NT)
-    count = tl.cdiv(tl.cdiv(stop, PER) * CELLS, BC)
+    count = tl.cdiv(tl.cdiv(stop, per_block) * cells, BC)
     total = tl.zeros([NT, BC], tl.float32)
     edge = tl.zeros([NT], tl.float32)
     for g in tl.range(0, group, BG):
@@ -58,36 +60,16 @@ def _importance(
         each *= LOG2E  # [BG, BP]
         most = tl.maximum(tl.max(each, 1), -1.0e30)
         row_lse = most + tl.log2(tl.maximum(tl.sum(tl.exp2(each - most[:, None]), 1), 1.0e-30))
-        for i in tl.static_range(CELLS):
-            t = u * CELLS + i
+        for i in tl.range(0, cells):
+            t = u * cells + i
             inside = keep[:, None] & (t < count)[None, :]
             at = (row[:, None] * tiles + t[None, :])[:, :, None] * BC + cell[None, None, :]
             x = tl.load(weights + at, mask=inside[:, :, None], other=0.0)  # [BG, NT, BC]
             total += tl.sum(x * _tile_weights(None, peaks, row, t, row_lse, inside, tiles)[:, :, None], 0)
-            before = t - CELLS
+            before = t - cells
             inside = keep[:, None] & ((before >= 0) & (before < count))[None, :]
             edge += tl.sum(_tile_weights(edges, peaks, row, before, row_lse, inside, tiles), 0)
     return tl.reshape(total + tl.where(cell[None, :] == 0, edge[:, None], 0.0), [BJ])
-
-
-@triton.jit(do_not_specialize=["queries", "heads", "group", "kv_heads", "parts", "splits", "tiles", "length", "stride"])
-def decode_importance_kernel(
-    weights, edges, peaks, lse, lengths, out, queries, heads, group, kv_heads, parts, splits, tiles, length, stride, selection,
-    PER: tl.constexpr, CELLS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    dependents_may_start(DEPENDENT)
-    wait_for_inputs(DEPENDENT)
-    first, which = tl.program_id(0) * BJ, tl.program_id(1)
-    hk, number = which % kv_heads, which // kv_heads
-    tokens = tl.load(lengths + number // queries)
-    if first > own_block(tokens - queries + number % queries, PER * stride):
-        return
-    stop = end_seen(tokens - 1, length, stride, tiles * BC // CELLS * PER)
-    j = first + tl.arange(0, BJ)
-    row = wide(number) * heads + hk * group
-    p = _importance(weights, edges, peaks, lse, row, stop, first // BC, group, parts, splits, tiles, PER, CELLS, BC, BG, BP, BJ)
-    tl.store(out + wide(which) * selection + j, p, mask=j < selection)
 
 
 @triton.jit(
@@ -101,86 +83,92 @@ def decode_importance_kernel(
         "tiles",
         "length",
         "stride",
+        "size",
+        "cells",
         "n",
         "num_initial",
         "num_local",
     ]
 )
-def decode_top_n_kernel(
-    weights, edges, peaks, lse, importance, lengths, out,
-    queries, heads, group, kv_heads, parts, splits, tiles, length, stride, selection, n, num_initial, num_local,
-    PER: tl.constexpr, CELLS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
-    BN: tl.constexpr, GROUPS: tl.constexpr, FUSED: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
+def decode_choose_kernel(
+    weights, edges, peaks, lse, lengths, importance, out, queries, heads, group, kv_heads, parts, splits, tiles, length, stride,
+    size, cells, selection, n, num_initial, num_local,
+    BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     dependents_may_start(DEPENDENT)  # not before: the window's programs should read while this one computes
-    which = tl.program_id(0)
+    chunk, which = tl.program_id(0), tl.program_id(1)
     hk, number = which % kv_heads, which // kv_heads
     tokens = tl.load(lengths + number // queries)
-    mine = own_block(tokens - queries + number % queries, PER * stride)
-    row, last, keep = (
-        (wide(which) + tl.zeros([1], tl.int64)),
-        mine + tl.zeros([1], tl.int32),
-        mine + tl.zeros([1], tl.int32) >= 0,
+    own = own_block(tokens - queries + number % queries, size) + tl.zeros([1], tl.int32)
+    first = chunk * BJ
+    per_block = size // stride
+    stop = end_seen(tokens - 1, length, stride, tiles * BC // cells * per_block)
+    row = wide(number) * heads + hk * group
+    p = _importance(
+        weights, edges, peaks, lse, row, stop, first // BC, group, parts, splits, tiles, per_block, cells, BC, BG, BP, BJ
     )
-    j = tl.arange(0, BJ)
-    rank = tl.zeros([1, BJ], tl.int32)
-    if FUSED:
-        stop = end_seen(tokens - 1, length, stride, tiles * BC // CELLS * PER)
-        first_row = wide(number) * heads + hk * group
-        p = _importance(weights, edges, peaks, lse, first_row, stop, 0, group, parts, splits, tiles, PER, CELLS, BC, BG, BP, BJ)
-        rank = ranked(p[None, :], j, last, keep, num_initial, num_local)
-    elif WHOLE:
-        p = tl.load(importance + wide(which) * selection + j, mask=(j <= mine) & (j < selection), other=0.0)
-        rank = ranked(p[None, :], j, last, keep, num_initial, num_local)
+    j = first + tl.arange(0, BJ)
+    tl.store(importance + wide(which) * selection + j, p, mask=j < selection)
+    rank = ranked(p[None, :], j, own, own >= 0, num_initial, num_local)
+    place = (wide(which) * tl.num_programs(0) + chunk) * n + tl.zeros([1, 1], tl.int64)
     store_top_n(
-        rank, importance, row, last, keep, out + (row * n)[:, None], 0, 1, selection, n, num_initial, num_local,
-        1, BJ, BN, GROUPS, WHOLE,
+        rank, j[None, :], importance, row, own - first, own >= 0, out + place, 0, 1, selection, n, num_initial, num_local,
+        1, BJ, BN, GROUPS, True,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["queries", "kv_heads", "count", "size", "n", "num_initial", "num_local"])
+def decode_choose_again_kernel(
+    importance, chosen, lengths, out, queries, kv_heads, count, selection, size, n, num_initial, num_local,
+    BJ: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    dependents_may_start(DEPENDENT)
+    wait_for_inputs(DEPENDENT)
+    chunk, which = tl.program_id(0), tl.program_id(1)
+    number = which // kv_heads
+    own = own_block(tl.load(lengths + number // queries) - queries + number % queries, size) + tl.zeros([1], tl.int32)
+    at = chunk * BJ + tl.arange(0, BJ)
+    j = tl.load(chosen + wide(which) * count + at, mask=at < count, other=-1)
+    p = tl.load(importance + wide(which) * selection + j, mask=j >= 0, other=0.0)
+    rank = tl.where(j[None, :] >= 0, ranked(p[None, :], j, own, own >= 0, num_initial, num_local), -1)
+    held = tl.sum((rank >= 0).to(tl.int32), 1)
+    place = (wide(which) * tl.num_programs(0) + chunk) * n + tl.zeros([1, 1], tl.int64)
+    store_top_n(
+        rank, j[None, :], importance, place, held - 1, own >= 0, out + place, 0, 1, selection, n, num_initial, num_local,
+        1, BJ, BN, GROUPS, True,
     )  # fmt: skip
 
 
 def decode_select(
-    kept: tuple[Tensor, ...], lse: Tensor, lengths: Tensor, importance: Tensor | None, out: Tensor, selection: int, splits: int,
-    cells: Cells, length: int, stride: int, size: int, num_initial: int, num_local: int,
+    kept: tuple[Tensor, ...], lse: Tensor, lengths: Tensor, importance: Tensor, out: Tensor, splits: int, cells: Cells,
+    length: int, stride: int, size: int, num_initial: int, num_local: int,
 ) -> None:  # fmt: skip
-    """The blocks of every query, of at most ``selection``, into out int32 ``[B, TQ, HK, n]``.
+    """P into importance fp32 ``[B, TQ, HK, M]``, and the blocks of every query into out int32 ``[B, TQ, HK, n]``.
 
     kept: what ``decode_compressed`` kept; the first ``splits`` of lse fp32 ``[B, TQ, HQ, parts]`` are its softmax's.
-    importance: fp32 ``[B, TQ, HK, selection]`` for what ``decode_tuning.FUSED`` blocks don't hold, else None.
     """
     batch, queries, heads, parts = lse.shape
-    kv_heads, n = out.shape[2:]
-    fused, width = importance is None, triton.next_power_of_2(max(selection, 16, n, cells.per_tile))
+    kv_heads, selection = importance.shape[2:]
+    n, group, rows = out.shape[-1], heads // kv_heads, batch * queries * kv_heads
     dependent, options = launch_options(lse.device)
-    if importance is not None:
-        decode_importance(kept, lse, lengths, importance, splits, cells, length, stride, size)
-        width = min(width, decode_tuning.WIDEST)
-    decode_top_n_kernel[(batch * queries * kv_heads,)](
-        *kept, lse, importance, lengths, out, queries, heads, heads // kv_heads, kv_heads, parts, splits, cells.tiles,
-        length, stride, selection, n, num_initial, num_local,
-        PER=size // stride, CELLS=cells.per_block, BC=cells.per_tile, **_heads(heads // kv_heads, splits, width),
-        BN=triton.next_power_of_2(n), GROUPS=min(width, triton.next_power_of_2(n)), FUSED=fused, WHOLE=selection <= width,
-        DEPENDENT=dependent, num_warps=8 if fused else decode_tuning.ranking_warps(width), **options,
+    told = {"BN": triton.next_power_of_2(n), "GROUPS": triton.next_power_of_2(n), "DEPENDENT": dependent, **options}
+    width, warps = decode_tuning.ranking(n, False, selection, cells.per_tile)
+    chunks = triton.cdiv(selection, width)
+    chosen = out if chunks == 1 else out.new_empty(*out.shape[:3], chunks, n)
+    decode_choose_kernel[(chunks, rows)](
+        *kept, lse, lengths, importance, chosen, queries, heads, group, kv_heads, parts, splits, cells.tiles, length, stride,
+        size, cells.per_block, selection, n, num_initial, num_local, BC=cells.per_tile, BJ=width,
+        BG=max(1, min(TILE // width, triton.next_power_of_2(group))), BP=triton.next_power_of_2(splits),
+        num_warps=warps, **told,
     )  # fmt: skip
-
-
-def decode_importance(
-    kept: tuple[Tensor, ...], lse: Tensor, lengths: Tensor, out: Tensor, splits: int, cells: Cells,
-    length: int, stride: int, size: int,
-) -> None:  # fmt: skip
-    """P into out fp32 ``[B, TQ, HK, selection]``, as far as each query sees; the rest as for ``decode_select``."""
-    batch, queries, heads, parts = lse.shape
-    kv_heads, selection = out.shape[2:]
-    dependent, options = launch_options(lse.device)
-    width = min(256, triton.next_power_of_2(max(selection, 16, cells.per_tile)))
-    decode_importance_kernel[(triton.cdiv(selection, width), batch * queries * kv_heads)](
-        *kept, lse, lengths, out, queries, heads, heads // kv_heads, kv_heads, parts, splits, cells.tiles, length, stride,
-        selection, PER=size // stride, CELLS=cells.per_block, BC=cells.per_tile, **_heads(heads // kv_heads, splits, width),
-        DEPENDENT=dependent, num_warps=4, **options,
-    )  # fmt: skip
-
-
-def _heads(group: int, splits: int, width: int) -> dict[str, int]:
-    """Blocks, heads and parts that are looked at together."""
-    heads = max(1, min(TILE // width, triton.next_power_of_2(group), 64))
-    return {"BJ": width, "BG": heads, "BP": triton.next_power_of_2(splits)}
+    while chunks > 1:
+        count = chunks * n
+        width, warps = decode_tuning.ranking(n, True, count)
+        chunks = triton.cdiv(count, width)
+        before, chosen = chosen, out if chunks == 1 else out.new_empty(*out.shape[:3], chunks, n)
+        decode_choose_again_kernel[(chunks, rows)](
+            importance, before, lengths, chosen, queries, kv_heads, count, selection, size, n, num_initial, num_local,
+            BJ=width, num_warps=warps, **told,
+        )  # fmt: skip

@@ -18,6 +18,8 @@ from nsa.kernels.triton.dependent import dependents_may_start, launch_options, w
 from nsa.kernels.triton.tile import LOG2E, LOWEST, dot, load_rows, softmax_end, softmax_step, wide
 from nsa.tuning import Tile
 
+NEVER = tl.constexpr(1 << 62)  # past every row
+
 
 @triton.jit(
     do_not_specialize=[
@@ -32,14 +34,15 @@ from nsa.tuning import Tile
         "selected_parts",
         "tiles",
         "n",
+        "size",
         "window",
         "slots",
     ]
 )
 def decode_tokens_kernel(
     q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse,
-    max_pages, rows, queries, heads, group, kv_heads, parts, first_part, selected_parts, tiles, n, window, slots, scale,
-    SIZE: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    max_pages, rows, queries, heads, group, kv_heads, parts, first_part, selected_parts, tiles, n, size, window, slots, scale,
+    TILES: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     dependents_may_start(DEPENDENT)
@@ -62,23 +65,28 @@ def decode_tokens_kernel(
     else:
         k, v = k_slc, v_slc
         wait_for_inputs(DEPENDENT)
-    PER_BLOCK: tl.constexpr = (SIZE + BN - 1) // BN
+    # Where each tile starts and how much of it counts is known before the loop: keys whose address had to be loaded first would
+    # be asked for late.
     first = tl.maximum(pos - window + 1, 0)
     count = tl.maximum(pos + 1 - first, 0)
+    per_block = tl.cdiv(size, BN)
     begin = tl.where(windowed, part - selected_parts, part) * tiles
-    stop = tl.minimum(begin + tiles, tl.where(windowed, tl.cdiv(count, BN), n * PER_BLOCK))
+    stop = tl.minimum(begin + tiles, tl.where(windowed, tl.cdiv(count, BN), n * per_block))
+    lane = tl.arange(0, TILES)
+    tile = begin + lane
+    block = tl.load(indices + wide(which) * n + tile // per_block, mask=tile < tl.where(windowed, begin, stop), other=-1)
+    within = tile % per_block * BN
+    token = tl.maximum(block, 0) * size + within
+    count_slc = tl.where(block < 0, 0, tl.minimum(size - within, pos + 1 - token))
+    row_slc = pool_rows(token, count_slc > 0, batch, table, max_pages, rows, PER_PAGE)
+    row_win = wide(batch) * slots + (first % slots + tile * BN) % slots
+    start, held = tl.where(windowed, row_win, row_slc), tl.where(windowed, count - tile * BN, count_slc)
+    end = tl.where(windowed, wide(batch) * slots + slots, NEVER)  # a ring goes on at its first slot
     column = tl.arange(0, BN)
-    for i in tl.range(begin, stop):
-        block = tl.load(indices + wide(which) * n + i // PER_BLOCK, mask=part < selected_parts, other=-1)
-        within = i % PER_BLOCK * BN + column
-        token = tl.maximum(block, 0) * SIZE + within
-        keep_slc = (within < SIZE) & (token <= tl.where(block < 0, -1, pos))
-        at_slc = pool_rows(token, keep_slc, batch, table, max_pages, rows, PER_PAGE)
-        offset = i * BN + column
-        slot = first % slots + offset
-        at_win = wide(batch) * slots + tl.where(slot >= slots, slot - slots, slot)
-        keep = tl.where(windowed, offset < count, keep_slc)
-        at = tl.where(windowed, at_win, at_slc) * kv_heads + hk
+    for i in tl.range(0, stop - begin):
+        at = tl.sum(tl.where(lane == i, start, 0), 0) + column
+        keep = column < tl.sum(tl.where(lane == i, held, 0), 0)
+        at = tl.where(at >= end, at - slots, at) * kv_heads + hk
         kt = stream_rows(k, at * D, tl.arange(0, BD), keep, D)  # [BN, BD]
         s = tl.where(keep[None, :], dot(qt, kt.T), float("-inf"))  # [BM, BN]
         vt = stream_rows(v, at * DV, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
@@ -103,9 +111,9 @@ def decode_tokens(
     dependent, options = launch_options(q.device)
     decode_tokens_kernel[grid](
         q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse, table.shape[1], k_slc.shape[1], queries, heads, group,
-        kv_heads, lse.shape[-1], first_part, splits.selected, splits.tiles, indices.shape[-1], window, k_win.shape[1],
-        softmax_scale * LOG2E.value,
-        SIZE=size, PER_PAGE=k_slc.shape[1] if paged else 0, D=dim, DV=value_dim, BM=tile.block_m, BN=tile.block_n,
-        BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
+        kv_heads, lse.shape[-1], first_part, splits.selected, splits.tiles, indices.shape[-1], size, window,
+        k_win.shape[1], softmax_scale * LOG2E.value,
+        TILES=triton.next_power_of_2(splits.tiles), PER_PAGE=k_slc.shape[1] if paged else 0, D=dim, DV=value_dim,
+        BM=tile.block_m, BN=tile.block_n, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip

@@ -60,12 +60,13 @@ def _trial(low, high, c_low, c_high, n, step):
 
 @triton.jit
 def store_top_n(
-    rank, importance, row, own, keep, out, hk, kv_heads, blocks, n, num_initial, num_local,
+    rank, name, importance, row, own, keep, out, hk, kv_heads, blocks, n, num_initial, num_local,
     BM: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The ``n`` blocks of every row to its pointer ``out [BM, 1]``, ascending.
+    """The ``n`` blocks of every row to its pointer ``out [BM, 1]``, ascending; all ``own + 1`` where these are fewer.
 
-    ``WHOLE``, ``rank [BM, BJ]`` are all ranks; else they are loaded, ``BJ`` at a time, as often as it takes.
+    ``WHOLE``, ``rank [BM, BJ]`` are all ranks, of the blocks ``name [1, BJ]``, which ascend; else they are those of the first
+    blocks and loaded, ``BJ`` at a time, as often as it takes.
     """
     end = tl.minimum(tl.max(tl.where(keep, own, -1), 0) + 1, blocks)
     # Bracket the n-th rank: ``low`` is reached by n blocks or more, ``high`` by fewer.
@@ -110,6 +111,7 @@ def store_top_n(
     for j0 in tl.range(0, BJ if WHOLE else end, BJ):
         if not WHOLE:
             rank = load_ranks(importance, row, own, keep, j0, hk, kv_heads, blocks, num_initial, num_local, BJ)
+            name = j0 + tl.arange(0, BJ)[None, :]
         over = (rank > threshold[:, None]).to(tl.int32)
         level = ((rank == threshold[:, None]) & (rank >= 0)).to(tl.int32)
         # Both counts in one scan: BJ is at most 2^15 and some blocks are forced, so fewer than 2^15 are level.
@@ -118,7 +120,7 @@ def store_top_n(
         level_before = (before >> 16) + tied[:, None]
         place = (before & 65535) + written[:, None] + tl.minimum(level_before, ties[:, None])
         taken = (over > 0) | ((level > 0) & (level_before < ties[:, None]))
-        tl.store(out + place, tl.broadcast_to(j0 + tl.arange(0, BJ)[None, :], [BM, BJ]), mask=taken)
+        tl.store(out + place, tl.broadcast_to(name, [BM, BJ]), mask=taken)
         counts = tl.sum(both, 1)
         written += counts & 65535
         tied += counts >> 16
@@ -163,8 +165,9 @@ def top_n_kernel(
         rank = load_ranks(importance, row, own, keep, 0, hk, kv_heads, blocks, num_initial, num_local, BJ)
     out += ((batch * rows_q + q_row + query) * kv_heads + hk)[:, None] * n
     store_top_n(
-        rank, importance, row, own, keep, out, hk, kv_heads, blocks, n, num_initial, num_local, BM, BJ, BN, GROUPS, WHOLE
-    )
+        rank, tl.arange(0, BJ)[None, :], importance, row, own, keep, out, hk, kv_heads, blocks, n, num_initial, num_local,
+        BM, BJ, BN, GROUPS, WHOLE,
+    )  # fmt: skip
 
 
 def select_blocks(
