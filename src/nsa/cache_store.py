@@ -20,6 +20,8 @@ RINGS = (*WINDOW, *TAIL)
 class CacheStore:
     """Pools ``[pages, rows, HK, D or DV]`` that the block table leads into, and rings ``[B, slots, HK, D or DV]``.
 
+    In memory the heads come before the rows, but in the tails.
+
     Rows are computed on the device from lengths on the device, so that a graph that was captured once writes to the right ones
     at every replay.
 
@@ -45,9 +47,14 @@ class CacheStore:
         self._rows: dict[str, Tensor] = {}  # the same memory, and one more row for what must not be written
         for name in (*POOLS, *RINGS):
             first, rows = shapes[name[2:]]
-            row = (cfg.num_kv_heads, cfg.head_dim if name[0] == "k" else cfg.value_dim)
-            self._rows[name] = torch.zeros(first * rows + 1, *row, dtype=dtype, device=device)
-            self.tensors[name] = self._rows[name][:-1].view(first, rows, *row)
+            heads, dim = cfg.num_kv_heads, cfg.head_dim if name[0] == "k" else cfg.value_dim
+            self._rows[name] = torch.zeros(first * rows * heads + 1, dim, dtype=dtype, device=device)
+            held = self._rows[name][:-1]
+            # An attention reads rows of one head: they lie side by side. A tail is read for all heads.
+            apart = name not in TAIL
+            self.tensors[name] = (
+                held.view(first, heads, rows, dim).transpose(1, 2) if apart else held.view(first, rows, heads, dim)
+            )
 
     @property
     def lead(self) -> int:
@@ -67,14 +74,13 @@ class CacheStore:
         """Rows ``index [B, n]`` of each sequence, tokens or strides, become ``x [B, n, HK, D]`` where ``keep [B, n]`` holds."""
         per_page = self.tensors[name].shape[1]
         pages = self.table.device.gather(1, (index // per_page).clamp_max(self.table.max_pages - 1))
-        self._write(name, pages.clamp_min(0) * per_page + index % per_page, x, keep)
+        self._write(name, pages.clamp_min(0), index % per_page, x, keep)
 
     def write_ring(self, name: str, positions: Tensor, x: Tensor, keep: Tensor | None) -> None:
         """The slots of tokens ``positions [B, n]`` become ``x [B, n, HK, D]``; of more than a ring holds, only the newest."""
         batch, slots = self.tensors[name].shape[:2]
         old = max(0, positions.shape[1] - slots)
-        first = torch.arange(batch, device=positions.device)[:, None] * slots
-        self._write(name, first + positions[:, old:] % slots, x[:, old:], keep)
+        self._write(name, torch.arange(batch, device=positions.device)[:, None], positions[:, old:] % slots, x[:, old:], keep)
 
     def newest(self, name: str, count: int, new: Tensor, start: Tensor | int, rows: int) -> Tensor:
         """``[B, rows, HK, D]`` from place ``start``, an int or int64 ``[B]``, of each sequence's last ``count`` tokens, out of
@@ -117,11 +123,15 @@ class CacheStore:
     def set_lengths(self, lengths: Sequence[int]) -> None:
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
 
-    def _write(self, name: str, rows: Tensor, x: Tensor, keep: Tensor | None) -> None:
+    def _write(self, name: str, page: Tensor, row: Tensor, x: Tensor, keep: Tensor | None) -> None:
+        """Row ``row`` of ``page``, for all heads: both ``[B, n]`` or broadcast to it."""
         store = self._rows[name]
+        per_page, per_row, per_head = (stride // store.shape[1] for stride in self.tensors[name].stride()[:3])
+        head = torch.arange(x.shape[2], device=row.device)
+        at = (page * per_page + row * per_row)[..., None] + head * per_head  # [B, n, HK]
         if keep is not None:
-            rows = torch.where(keep, rows, len(store) - 1)
-        store.index_copy_(0, rows.flatten(), x.flatten(0, 1))
+            at = torch.where(keep[..., None], at, len(store) - 1)
+        store.index_copy_(0, at.flatten(), x.flatten(0, 2))
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers).to(self.lengths.device, non_blocking=True)

@@ -30,7 +30,7 @@ class WindowChunk:
 
 @dataclass(frozen=True)
 class CacheView:
-    """A cache as it is now; valid until the cache changes.
+    """A cache as it is now; valid until the cache changes. In memory the heads of all keys and values come before the rows.
 
     Attributes:
         cfg: the cache's configuration.

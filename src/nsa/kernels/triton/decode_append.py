@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.kernels.triton.decode_compressed import pool_rows
+from nsa.kernels.triton.decode_compressed import pool_place
 from nsa.kernels.triton.dependent import dependents_may_start, launch_options
 from nsa.kernels.triton.tile import wide
 
@@ -25,8 +25,9 @@ def _load(new, rows, columns, keep, width):
 
 
 @triton.jit
-def _store(to, rows, columns, keep, width, x):
-    tl.store(to + rows * width + columns, x, mask=keep & (columns < width))
+def _place(page, row, rows, kv_heads, column, D: tl.constexpr):
+    """Where number ``column`` of all heads' row ``row`` lies in a tensor of pages ``[HK, rows, D]``."""
+    return ((page * kv_heads + column // D) * rows + row) * D + column % D
 
 
 @triton.jit
@@ -44,10 +45,11 @@ def _block(new, tail, first, held, batch, queries, slots, length, width, column,
 
 @triton.jit
 def _store_block(
-    new, tail, made, pool, block, at, c, count, held, batch, queries, slots, length, stride, width,
-    MEAN: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
+    new, tail, made, pool, block, page, row, rows, c, count, held, batch, queries, slots, length, stride, kv_heads,
+    MEAN: tl.constexpr, D: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Row ``at`` of ``pool``: the mean of the block, or what the compressor made of it."""
+    """Row ``row`` of a page of ``pool``: the mean of the block, or what the compressor made of it."""
+    width = kv_heads * D
     for first in tl.range(0, width, BC):
         column = first + tl.arange(0, BC)
         if MEAN:
@@ -55,7 +57,8 @@ def _store_block(
             y = tl.sum(x.to(tl.float32), 0) / length
         else:
             y = tl.load(made + (wide(batch) * count + c) * width + column, mask=column < width, other=0.0)
-        tl.store(pool + at * width + column, y.to(pool.dtype.element_ty), mask=column < width)
+        at = _place(page, row, rows, kv_heads, column, D)
+        tl.store(pool + at, y.to(pool.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
@@ -102,39 +105,39 @@ def decode_append_kernel(
     if room:
         token = held + tl.arange(0, BT)
         new = tl.arange(0, BT) < queries
-        at = pool_rows(token, new, batch, table, max_pages, rows, PER_PAGE)
-        slot = wide(batch) * window_slots + token % window_slots
-        tail = wide(batch) * tail_slots + token % tail_slots
+        page, row = pool_place(token, new, batch, table, max_pages, PER_PAGE)
+        page, row = page[:, None], row[:, None]
+        slot, tail = (token % window_slots)[:, None], (wide(batch) * tail_slots + token % tail_slots)[:, None]
         width, width_v = kv_heads * D, kv_heads * DV
         # How many blocks a step can complete is known, which of them it does is not.
         for c in tl.range(0, count):
             block = next_block(held, length, stride) + c
             if block * stride + length <= end:
                 end_stride = block + length // stride - 1 + tl.zeros([1], tl.int32)
-                there = pool_rows(end_stride, end_stride >= 0, batch, table, max_pages, rows // stride, PER_PAGE // STRIDE)
-                there = tl.sum(there, 0)
+                at, there = pool_place(end_stride, end_stride >= 0, batch, table, max_pages, PER_PAGE // STRIDE)
+                at, there = tl.sum(at, 0), tl.sum(there, 0)
                 _store_block(
-                    nk_cmp, k_tail, made_k, k_cmp, block, there, c, count, held, batch, queries, tail_slots, length, stride,
-                    width, MEAN, BL, BCL,
+                    nk_cmp, k_tail, made_k, k_cmp, block, at, there, rows // stride, c, count, held, batch, queries, tail_slots,
+                    length, stride, kv_heads, MEAN, D, BL, BCL,
                 )  # fmt: skip
                 _store_block(
-                    nv_cmp, v_tail, made_v, v_cmp, block, there, c, count, held, batch, queries, tail_slots, length, stride,
-                    width_v, MEAN, BL, BCL,
+                    nv_cmp, v_tail, made_v, v_cmp, block, at, there, rows // stride, c, count, held, batch, queries, tail_slots,
+                    length, stride, kv_heads, MEAN, DV, BL, BCL,
                 )  # fmt: skip
         rows_new, keep = (wide(batch * queries) + tl.arange(0, BT))[:, None], new[:, None]
-        at, slot, tail = at[:, None], slot[:, None], tail[:, None]
         for c in tl.range(0, tl.maximum(width, width_v), BC):
             column = (c + tl.arange(0, BC))[None, :]
             # All loads before all stores: one wait for memory instead of six.
             xk_cmp, xv_cmp = _load(nk_cmp, rows_new, column, keep, width), _load(nv_cmp, rows_new, column, keep, width_v)
             xk_slc, xv_slc = _load(nk_slc, rows_new, column, keep, width), _load(nv_slc, rows_new, column, keep, width_v)
             xk_win, xv_win = _load(nk_win, rows_new, column, keep, width), _load(nv_win, rows_new, column, keep, width_v)
-            _store(k_tail, tail, column, keep, width, xk_cmp)
-            _store(v_tail, tail, column, keep, width_v, xv_cmp)
-            _store(k_slc, at, column, keep, width, xk_slc)
-            _store(v_slc, at, column, keep, width_v, xv_slc)
-            _store(k_win, slot, column, keep, width, xk_win)
-            _store(v_win, slot, column, keep, width_v, xv_win)
+            keep_k, keep_v = keep & (column < width), keep & (column < width_v)
+            tl.store(k_tail + tail * width + column, xk_cmp, mask=keep_k)
+            tl.store(v_tail + tail * width_v + column, xv_cmp, mask=keep_v)
+            tl.store(k_slc + _place(page, row, rows, kv_heads, column, D), xk_slc, mask=keep_k)
+            tl.store(v_slc + _place(page, row, rows, kv_heads, column, DV), xv_slc, mask=keep_v)
+            tl.store(k_win + _place(wide(batch), slot, window_slots, kv_heads, column, D), xk_win, mask=keep_k)
+            tl.store(v_win + _place(wide(batch), slot, window_slots, kv_heads, column, DV), xv_win, mask=keep_v)
         tl.debug_barrier()  # every warp has read the length
         tl.store(lengths + batch, end)
     else:

@@ -20,16 +20,16 @@ from nsa.tuning import Tile
 
 
 @triton.jit
-def pool_rows(index, keep, batch, table, max_pages, rows, PER_PAGE: tl.constexpr):
-    """Where rows ``index`` of a sequence lie in a pool of pages of ``rows`` rows.
+def pool_place(index, keep, batch, table, max_pages, PER_PAGE: tl.constexpr):
+    """In which page, and which row of it, rows ``index`` of a sequence lie.
 
-    ``PER_PAGE`` is the same number, compiled in; 0 says that page ``batch`` holds them all.
+    ``PER_PAGE`` rows make a page; 0 says that page ``batch`` holds them all.
     """
     if PER_PAGE > 0:
         page = tl.load(table + batch * max_pages + index // PER_PAGE, mask=keep, other=0)
-        return page.to(tl.int64) * PER_PAGE + index % PER_PAGE
+        return page.to(tl.int64), (index % PER_PAGE).to(tl.int64)
     else:
-        return wide(batch) * rows + index
+        return tl.zeros_like(index).to(tl.int64) + batch, index.to(tl.int64)
 
 
 @triton.jit
@@ -51,7 +51,6 @@ def store_part(o, lse, row, part, parts, keep, out, row_lse, DV: tl.constexpr, B
 @triton.jit(
     do_not_specialize=[
         "max_pages",
-        "rows",
         "queries",
         "heads",
         "group",
@@ -67,8 +66,9 @@ def store_part(o, lse, row, part, parts, keep, out, row_lse, DV: tl.constexpr, B
 )
 def decode_compressed_kernel(
     q, k, v, table, lengths, o, lse, weights, edges, peaks,
-    max_pages, rows, queries, heads, group, kv_heads, parts, splits, tiles, length, stride, per_block, cells,
-    scale, CELL: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    stride_kp, stride_kr, stride_kh, stride_vp, stride_vr, stride_vh,
+    max_pages, queries, heads, group, kv_heads, parts, splits, tiles, length, stride, per_block, cells, scale,
+    CELL: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
@@ -103,11 +103,11 @@ def decode_compressed_kernel(
                 place = t % cells * CELL + column
                 block = t // cells * per_block + place
             inside = (place < per_block) & (block < stop)
-            at = pool_rows(block + lead, inside, batch, table, max_pages, rows, PER_PAGE) * kv_heads + hk
-            kt = stream_rows(k, at * D, dims, inside, D)  # [BN, BD]
+            page, at = pool_place(block + lead, inside, batch, table, max_pages, PER_PAGE)
+            kt = stream_rows(k, page * stride_kp + at * stride_kr + hk * stride_kh, dims, inside, D)  # [BN, BD]
             s = dot(qt, kt.T)  # [BM, BN]
             s = tl.where(inside[None, :] & (block[None, :] < seen[:, None]), s, float("-inf"))
-            vt = stream_rows(v, at * DV, dims_v, inside, DV)  # [BN, BDV]
+            vt = stream_rows(v, page * stride_vp + at * stride_vr + hk * stride_vh, dims_v, inside, DV)  # [BN, BDV]
             p, m, l, acc = weighted_softmax_step(s, scale, vt, m, l, acc)
             strides = tl.minimum(
                 per_block - place, lead + 1
@@ -146,8 +146,9 @@ def decode_compressed(
     kv_heads, value_dim, group = k.shape[2], v.shape[-1], heads // k.shape[2]
     dependent, options = launch_options(q.device)
     decode_compressed_kernel[(splits, triton.cdiv(queries * group, tile.block_m), batch * kv_heads)](
-        q, k, v, table, lengths, o, lse, *kept, table.shape[1], k.shape[1], queries, heads, group, kv_heads,
-        lse.shape[-1], splits, cells.tiles, length, stride, size // stride, cells.per_block, softmax_scale * LOG2E.value,
+        q, k, v, table, lengths, o, lse, *kept, *k.stride()[:3], *v.stride()[:3],
+        table.shape[1], queries, heads, group, kv_heads, lse.shape[-1], splits, cells.tiles, length, stride, size // stride,
+        cells.per_block, softmax_scale * LOG2E.value,
         CELL=cells.width, PER_PAGE=k.shape[1] if paged else 0, D=dim, DV=value_dim,
         BM=tile.block_m, BN=tile.block_n, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **options,

@@ -13,18 +13,17 @@ from torch import Tensor
 
 from nsa import tuning
 from nsa.decode_tuning import TokenSplits
-from nsa.kernels.triton.decode_compressed import pool_rows, store_part, stream_rows
+from nsa.kernels.triton.decode_compressed import pool_place, store_part, stream_rows
 from nsa.kernels.triton.dependent import dependents_may_start, launch_options, wait_for_inputs
 from nsa.kernels.triton.tile import LOG2E, LOWEST, dot, load_rows, softmax_end, softmax_step, wide
 from nsa.tuning import Tile
 
-NEVER = tl.constexpr(1 << 62)  # past every row
+NEVER = tl.constexpr(0x7FFFFFFF)  # past every row of a page
 
 
 @triton.jit(
     do_not_specialize=[
         "max_pages",
-        "rows",
         "queries",
         "heads",
         "group",
@@ -41,7 +40,9 @@ NEVER = tl.constexpr(1 << 62)  # past every row
 )
 def decode_tokens_kernel(
     q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse,
-    max_pages, rows, queries, heads, group, kv_heads, parts, first_part, selected_parts, tiles, n, size, window, slots, scale,
+    stride_ksp, stride_ksr, stride_ksh, stride_vsp, stride_vsr, stride_vsh,
+    stride_kwp, stride_kwr, stride_kwh, stride_vwp, stride_vwr, stride_vwh,
+    max_pages, queries, heads, group, kv_heads, parts, first_part, selected_parts, tiles, n, size, window, slots, scale,
     TILES: tl.constexpr, PER_PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -61,9 +62,9 @@ def decode_tokens_kernel(
     # One loop for both branches: two would have twice the buffers in flight, and leave room for half the programs.
     windowed = part >= selected_parts
     if windowed:
-        k, v = k_win, v_win
+        k, v = k_win + hk * stride_kwh, v_win + hk * stride_vwh
     else:
-        k, v = k_slc, v_slc
+        k, v = k_slc + hk * stride_ksh, v_slc + hk * stride_vsh
         wait_for_inputs(DEPENDENT)
     # Where each tile starts and how much of it counts is known before the loop: keys whose address had to be loaded first would
     # be asked for late.
@@ -78,18 +79,23 @@ def decode_tokens_kernel(
     within = tile % per_block * BN
     token = tl.maximum(block, 0) * size + within
     count_slc = tl.where(block < 0, 0, tl.minimum(size - within, pos + 1 - token))
-    row_slc = pool_rows(token, count_slc > 0, batch, table, max_pages, rows, PER_PAGE)
-    row_win = wide(batch) * slots + (first % slots + tile * BN) % slots
-    start, held = tl.where(windowed, row_win, row_slc), tl.where(windowed, count - tile * BN, count_slc)
-    end = tl.where(windowed, wide(batch) * slots + slots, NEVER)  # a ring goes on at its first slot
+    page, start = pool_place(token, count_slc > 0, batch, table, max_pages, PER_PAGE)
+    page_k = tl.where(windowed, wide(batch) * stride_kwp, page * stride_ksp)
+    page_v = tl.where(windowed, wide(batch) * stride_vwp, page * stride_vsp)
+    start = tl.where(windowed, (first % slots + tile * BN) % slots, start)
+    held = tl.where(windowed, count - tile * BN, count_slc)
+    end = tl.where(windowed, slots, NEVER)  # a ring goes on at its first slot
+    stride_k, stride_v = tl.where(windowed, stride_kwr, stride_ksr), tl.where(windowed, stride_vwr, stride_vsr)
     column = tl.arange(0, BN)
     for i in tl.range(0, stop - begin):
         at = tl.sum(tl.where(lane == i, start, 0), 0) + column
+        at = tl.where(at >= end, at - slots, at)
         keep = column < tl.sum(tl.where(lane == i, held, 0), 0)
-        at = tl.where(at >= end, at - slots, at) * kv_heads + hk
-        kt = stream_rows(k, at * D, tl.arange(0, BD), keep, D)  # [BN, BD]
+        at_k = tl.sum(tl.where(lane == i, page_k, 0), 0) + at * stride_k
+        at_v = tl.sum(tl.where(lane == i, page_v, 0), 0) + at * stride_v
+        kt = stream_rows(k, at_k, tl.arange(0, BD), keep, D)  # [BN, BD]
         s = tl.where(keep[None, :], dot(qt, kt.T), float("-inf"))  # [BM, BN]
-        vt = stream_rows(v, at * DV, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
+        vt = stream_rows(v, at_v, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
         m, l, acc = softmax_step(s, scale, vt, m, l, acc)
     out, row_lse = softmax_end(m, l, acc)
     store_part(o, lse, row, first_part + part, parts, keep_row, out, row_lse, DV, BDV)
@@ -110,7 +116,8 @@ def decode_tokens(
     grid = (batch * queries * kv_heads, triton.cdiv(group, tile.block_m), splits.selected + splits.window)
     dependent, options = launch_options(q.device)
     decode_tokens_kernel[grid](
-        q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse, table.shape[1], k_slc.shape[1], queries, heads, group,
+        q, k_slc, v_slc, k_win, v_win, indices, table, lengths, o, lse,
+        *(stride for x in (k_slc, v_slc, k_win, v_win) for stride in x.stride()[:3]), table.shape[1], queries, heads, group,
         kv_heads, lse.shape[-1], first_part, splits.selected, splits.tiles, indices.shape[-1], size, window,
         k_win.shape[1], softmax_scale * LOG2E.value,
         TILES=triton.next_power_of_2(splits.tiles), PER_PAGE=k_slc.shape[1] if paged else 0, D=dim, DV=value_dim,
