@@ -7,10 +7,11 @@ import torch
 from typer.testing import CliRunner
 
 import nsa
-from nsa.bench import decode_run
+from nsa.bench import newest
 from nsa.bench.__main__ import app
 from nsa.bench.decode_cases import COLD, DecodeCase, Work, copies
-from nsa.bench.decode_run import DecodeRow, WrongStep, check
+from nsa.bench.decode_run import DecodeRow, check
+from nsa.bench.newest import WrongStep
 
 SMALL = ("--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtype", "fp32")
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def test_a_wrong_step_is_seen(wrong, monkeypatch):
             return o * 1.001, indices
         shifted = indices.clone()
         shifted[..., 5] = next(j for j in range(1, 30) if j not in indices[0].flatten().tolist())
-        monkeypatch.setattr(decode_run, "RELATIVE_NORM", {torch.float32: 9.0})
+        monkeypatch.setattr(newest, "RELATIVE_NORM", {torch.float32: 9.0})
         return o, shifted
 
     monkeypatch.setattr(Work, "step", broken)
@@ -73,7 +74,7 @@ def test_a_wrong_step_is_seen(wrong, monkeypatch):
 
 
 def test_no_speed_after_a_wrong_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode_run, "RELATIVE_NORM", {torch.float32: 0.0})
+    monkeypatch.setattr(newest, "RELATIVE_NORM", {torch.float32: 0.0})
     result = bench("decode", *SMALL, "--cases", "1x100", "--out", tmp_path)
     assert result.exit_code == 1
     assert "no speed is shown, because the check failed: 1 x 100" in result.output

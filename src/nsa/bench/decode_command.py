@@ -15,7 +15,8 @@ from rich.table import Table
 
 from nsa.bench.command import DTYPES, WIDTH, _one_of, _place
 from nsa.bench.decode_cases import DecodeCase
-from nsa.bench.decode_run import DecodeRow, WrongStep, copy_bandwidth, measure
+from nsa.bench.decode_run import DecodeRow, copy_bandwidth, measure
+from nsa.bench.newest import WrongStep
 from nsa.bench.results import new_file
 from nsa.config import NSAConfig
 from nsa.train.atomic import replacing

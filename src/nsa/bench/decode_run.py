@@ -9,25 +9,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nsa.bench.decode_cases import BACKENDS, DecodeCase, Work, backend_of, copies, dense_step
+from nsa.bench.newest import check_newest
 from nsa.bench.results import environment
-from nsa.cache import NSACache
 from nsa.config import NSAConfig
-from nsa.functional import combine, compressed_attention, selected_attention, window_attention
-from nsa.reference.chunks import Chunk
-from nsa.reference.select import block_importance
 
-RELATIVE_NORM = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-SCORE_ROUNDING = 2e-5
-CHECKED = 2  # sequences of a batch
 ROUNDS = 40
 FLUSH = 1 << 30  # bytes written before every round: nothing is warm, and the host runs ahead of the device meanwhile
-
-
-class WrongStep(Exception):
-    """A step that was to be timed is wrong."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +144,6 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / (median * 1e3)
 
 
-@torch.no_grad()
 def check(work: Work) -> float:
     """The relative error of a step over the first of the caches, on the first sequences, against the reference in fp64.
 
@@ -164,37 +152,7 @@ def check(work: Work) -> float:
     """
     cache = work.caches[0]
     o, indices = work.step(cache)
-    want, importance = _exact(cache, work.q, work.gates, indices)
-    got = o[:CHECKED].double()
-    error = float((got - want).norm() / want.norm())
-    if not (torch.isfinite(o).all() and error < RELATIVE_NORM[work.case.dtype]):
-        raise WrongStep(f"{work.case.batch} x {work.case.length}: relative error {error:.1e}")
-    cfg, own = work.case.cfg, (cache.lengths[0] - 1) // work.case.cfg.selection_block_size
-    block, chosen = torch.arange(own + 1, device=o.device), indices[:CHECKED, 0].long()
-    forced = (block < cfg.num_initial_blocks) | (block > own - cfg.num_local_blocks)
-    score = importance.masked_fill(forced, torch.inf)  # [b, HK, M]
-    taken = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen.clamp_min(0), True)
-    if (score.masked_fill(~taken, torch.inf).amin(-1) < score.masked_fill(taken, -1).amax(-1) * (1 - SCORE_ROUNDING)).any():
-        raise WrongStep(f"{work.case.batch} x {work.case.length}: a block of less importance was selected before one of more")
-    return error
-
-
-def _exact(cache: NSACache, q: Tensor, gates: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of the newest token on these blocks and the importance of all blocks ``[b, HK, M]``, in fp64."""
-    cfg, view, tokens = cache.cfg, cache.view(), cache.lengths[0]
-
-    def some(x: Tensor) -> Tensor:
-        return x[:CHECKED].double()
-
-    q, gates, indices = some(q), some(gates), indices[:CHECKED]
-    k, v = map(some, view.compressed())
-    o_cmp, lse = compressed_attention(q, k, v, cfg, seqlen_k=tokens, backend="reference")
-    importance = block_importance(q, k, lse, Chunk(slice(0, 1), tokens - 1, tokens), cfg)[:, :, 0]
-    k, v = map(some, view.selected())
-    o_slc = selected_attention(q, k, v, indices, cfg, seqlen_k=tokens, backend="reference")
-    k, v, _ = view.window(1)
-    o_win = window_attention(q, some(k), some(v), cfg, backend="reference")
-    return combine(o_cmp, o_slc, o_win, gates, backend="reference"), importance
+    return check_newest(f"{work.case.batch} x {work.case.length}", cache, work.q, work.gates, o, indices)
 
 
 def _free(device: torch.device) -> None:

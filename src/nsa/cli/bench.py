@@ -1,4 +1,4 @@
-"""``nsa bench`` with its options, or ``nsa bench decode`` with others."""
+"""``nsa bench`` with its options, or ``nsa bench decode`` and ``nsa bench prefill`` with others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from nsa.bench.command import bench
 from nsa.bench.decode_command import decode
+from nsa.bench.prefill_command import prefill
 from nsa.cli.errors import clean_errors
 
 
@@ -28,3 +29,4 @@ bench_app = typer.Typer(
 )
 bench_app.command("steps")(clean_errors(bench))
 bench_app.command("decode")(clean_errors(decode))
+bench_app.command("prefill")(clean_errors(prefill))
