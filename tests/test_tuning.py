@@ -40,9 +40,9 @@ def test_these_are_the_limits_of_what_is_supported(monkeypatch: pytest.MonkeyPat
 
 def _tiles(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Iterator[tuple[str, tuple[int, int], tuning.Tile]]:
     """Every tile of these dims, with its kernel, and the group and selection block that it is for."""
-    yield "dq", (1, 1), tuning.interval_dq(dim, value_dim, dtype, arch)
     for windowed in (False, True):
         yield "forward", (1, 1), tuning.interval_forward(dim, value_dim, dtype, windowed, arch)
+        yield "dq", (1, 1), tuning.interval_dq(dim, value_dim, dtype, windowed, arch)
         yield "dkv", (1, 1), tuning.interval_dkv(dim, value_dim, dtype, windowed, arch)
     yield "importance", (1, 1), tuning.importance(dim, dtype, arch)
     for group in GROUPS:
@@ -98,7 +98,8 @@ def test_what_was_measured_is_left_alone() -> None:
     shape = (128, 128, torch.bfloat16)
     assert tuning.interval_forward(*shape, False, 90) == tuning.Tile(128, 64, 4, 2)
     assert tuning.interval_forward(*shape, True, 90) == tuning.Tile(64, 64, 4, 2)
-    assert tuning.interval_dq(*shape, 90) == tuning.Tile(64, 64, 4, 2)
+    assert tuning.interval_dq(*shape, False, 90) == tuning.Tile(64, 64, 4, 2)
+    assert tuning.interval_dq(*shape, True, 90) == tuning.Tile(64, 64, 4, 3)
     assert tuning.interval_dkv(*shape, False, 90) == tuning.Tile(32, 128, 8, 3)
     assert tuning.interval_dkv(*shape, True, 90) == tuning.Tile(32, 64, 4, 3)
     assert tuning.importance(128, torch.bfloat16, 90) == tuning.Tile(64, 128, 4, 3)

@@ -111,15 +111,15 @@ def interval_forward(dim: int, value_dim: int, dtype: torch.dtype, windowed: boo
     return _fitting(tile, "forward", dim, value_dim, dtype, arch)
 
 
-def interval_dq(dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
+def interval_dq(dim: int, value_dim: int, dtype: torch.dtype, windowed: bool, arch: int) -> Tile:
     wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
     if dtype == torch.float32:
         tile = Tile(32, 16, 4, 1) if wide else Tile(32, 32, 4, 1)
     elif wide or not _hopper(arch):
         tile = Tile(64, 32, 4, 1)
     else:
-        # window 4.2 ms (3 stages: 6.3; 128 rows, 8 warps, 3 stages: 5.6); compressed 11.3 ms (3 stages: 14.2; 128 rows: 11.1)
-        tile = Tile(64, 64, 4, 2)
+        # window 3.7 ms (2 stages: 4.3); compressed 11.1 ms (128 rows, 8 warps, 2 stages: 12.7)
+        tile = Tile(64, 64, 4, 3 if windowed else 2)
     return _fitting(tile, "dq", dim, value_dim, dtype, arch)
 
 
@@ -168,7 +168,7 @@ def selected_forward(dim: int, value_dim: int, dtype: torch.dtype, group: int, s
 def selected_dq(dim: int, value_dim: int, dtype: torch.dtype, group: int, size: int, arch: int) -> Tile:
     """As ``selected_forward``."""
     wide = max(padded_dim(dim), padded_dim(value_dim)) > 128
-    # 11.9 ms (1 stage: 14.9; 3 stages: 18.9)
+    # 17.8 ms (3 stages: 26.8)
     tile = Tile(_union_rows(group), padded(size), 4, 2 if dtype != torch.float32 and not wide and _hopper(arch) else 1)
     return _fitting(tile, "dq", dim, value_dim, dtype, arch)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa import tuning
 from nsa.kernels.triton.interval_forward import end_seen
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
-from nsa.kernels.triton.tile import LOG2E, backward_lse, descriptor, dot, load_tile, wide
+from nsa.kernels.triton.tile import LOG2E, backward_lse, direct_descriptor, dot, load_direct, wide
 
 
 @triton.jit(
@@ -64,7 +64,7 @@ def importance_kernel(
         )  # [BJ * SUB, BD]
         p = tl.zeros([BM, BJ * SUB], tl.float32)
         for g in tl.range(0, G):
-            qt = load_tile(q, batch, q_row + start, hk * G + g, q_len - start, BM, BD, False)
+            qt = load_direct(q, batch, q_row + start, hk * G + g, BM, BD)
             row_lse = backward_lse(tl.load(lse + g * stride_lh, mask=keep, other=float("-inf")))
             p += tl.exp2(dot(qt, kt.T) * scale - row_lse[:, None])
         p = tl.where(inside[None, :] & (i[None, :] < seen[:, None]), p, 0.0)
@@ -93,7 +93,7 @@ def block_importance(
     sub = min(triton.next_power_of_2(per), tune.block_n // 2)
     blocks_a_tile = tune.block_n // sub
     importance_kernel[(triton.cdiv(blocks, blocks_a_tile - 1), count, kv_heads)](
-        descriptor(q, tune.block_m), k, lse, out, *k.stride()[:3], lse.stride(0), lse.stride(2), lse.stride(1),
+        direct_descriptor(q, tune.block_m), k, lse, out, *k.stride()[:3], lse.stride(0), lse.stride(2), lse.stride(1),
         tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
         G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,

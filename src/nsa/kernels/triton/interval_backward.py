@@ -225,7 +225,7 @@ def interval_backward(
     if need[0]:
         add = dq is not None
         dq = new_gradient(q, spans) if dq is None else dq
-        tune = tuning.interval_dq(q.shape[-1], v.shape[-1], q.dtype, hardware)
+        tune = tuning.interval_dq(q.shape[-1], v.shape[-1], q.dtype, kind, hardware)
         tiles = spans.query_tiles(tune.block_m)
         if tiles.count:
             interval_dq_kernel[(tiles.count * heads,)](

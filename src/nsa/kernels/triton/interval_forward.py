@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsa import tuning
 from nsa.kernels.triton.sequence import Spans, locate, span
-from nsa.kernels.triton.tile import LOG2E, LOWEST, descriptor, dot, load_tile, softmax_end, softmax_step, store_tile
+from nsa.kernels.triton.tile import LOG2E, LOWEST, descriptor, dot, load_rows, load_tile, softmax_end, softmax_step, store_tile
 
 
 @triton.jit
@@ -82,9 +82,9 @@ def _range(
     ]
 )
 def interval_forward_kernel(
-    q, k, v, o, lse, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
+    q, k, v, o, lse, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     tiles, tile_seq, tile_first, table, q_len, k_len, offset, heads, group, length, stride, window, scale,
-    DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     WINDOWED: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -104,7 +104,11 @@ def interval_forward_kernel(
     hk = h // group
     row = q_row + start
     keep = start + rows < q_len
-    qt = load_tile(q, batch, row, h, q_len - start, BM, BD, False)
+    if WINDOWED:
+        qt = load_tile(q, batch, row, h, q_len - start, BM, BD, False)
+    else:
+        # By pointers the tile goes to shared memory; by a descriptor it would stay in registers, which a long loop misses.
+        qt = load_rows(q + batch * stride_qb + row * stride_qt + h * stride_qh, rows * stride_qt, tl.arange(0, BD), keep, D)
     m = tl.full([BM], LOWEST, tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
@@ -134,11 +138,11 @@ def interval_forward(
     if tiles.count == 0:
         return o, lse
     interval_forward_kernel[(tiles.count * heads,)](
-        descriptor(q, tune.block_m), descriptor(k, tune.block_n), descriptor(v, tune.block_n), o, lse,
-        *o.stride()[:3], *lse.stride()[:2],
+        descriptor(q, tune.block_m) if window else q, descriptor(k, tune.block_n), descriptor(v, tune.block_n), o, lse,
+        *q.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
         tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         heads, heads // k.shape[2], length, stride, window, softmax_scale * LOG2E.value,
-        DV=value_dim, BM=tune.block_m, BN=tune.block_n, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim),
+        D=dim, DV=value_dim, BM=tune.block_m, BN=tune.block_n, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim),
         WINDOWED=window > 0, PACKED=spans.packed, TABLE=spans.table is not None,
         num_warps=tune.num_warps, num_stages=tune.num_stages,
     )  # fmt: skip

@@ -27,25 +27,39 @@ def wide(x):
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of ``rows`` rows of one head of ``x [B, T, H, D]``, which hardware that can loads without the help of threads.
+    """Tiles of ``rows`` rows of one head of ``x [B, T, H, D]``, which hardware that can loads without the help of threads."""
+    return _boxes(x, [1, rows, 1, padded_dim(x.shape[-1])])
+
+
+def direct_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """``descriptor`` for ``load_direct``.
 
     Batch and head come first: only leading dimensions of size 1 can be dropped without the tile passing through registers on
     its way from shared memory to a matrix product.
     """
+    return _boxes(x.transpose(1, 2), [1, 1, rows, padded_dim(x.shape[-1])])
+
+
+def _boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
     if x.numel() == 0:  # nobody reads it, but it must not be empty
         x = x.new_zeros(1, 1, 1, x.shape[-1])
-    x = x.transpose(1, 2)
     strides = [stride if size > 1 else 8 * x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride())]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded_dim(x.shape[-1])])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box)
 
 
 @triton.jit
 def load_tile(desc, batch, row, head, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):
     """``[ROWS, WIDTH]`` of a tensor from ``row`` on; outside the tensor, and with ``CHECK`` from row ``limit`` on, it is 0."""
-    x = desc.load([batch.to(tl.int32), head, row.to(tl.int32), 0]).reshape(ROWS, WIDTH)
+    x = desc.load([batch.to(tl.int32), row.to(tl.int32), head, 0]).reshape(ROWS, WIDTH)
     if CHECK:
         x = tl.where((tl.arange(0, ROWS) < limit)[:, None], x, tl.zeros_like(x))
     return x
+
+
+@triton.jit
+def load_direct(desc, batch, row, head, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """``[ROWS, WIDTH]`` for a matrix product, which finds it where it was loaded to; outside the tensor it is 0."""
+    return desc.load([batch.to(tl.int32), head, row.to(tl.int32), 0]).reshape(ROWS, WIDTH)
 
 
 @triton.jit
