@@ -81,7 +81,7 @@ def token_splits(cfg: NSAConfig, programs: int, block_n: int) -> TokenSplits:
 def ranking(n: int, again: bool, count: int, least: int = 16) -> tuple[int, int]:
     """Blocks that a program ranks, of ``count``, and its warps; each program chooses ``n``, so there must be more."""
     most = max(RANKED_AGAIN if again else RANKED, 1 << (4 * n - 1).bit_length())
-    width = max(least, 16, min(most, 1 << (count - 1).bit_length()))
+    width = max(least, 16, 1 << (n - 1).bit_length(), min(most, 1 << (count - 1).bit_length()))
     return width, max(1, min(8, width // (512 if again else 128)))
 
 

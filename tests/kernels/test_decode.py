@@ -214,6 +214,19 @@ def test_ties_among_all_that_a_program_ranks(device: str) -> None:
     assert indices.flatten().tolist() == [0, 1, 2, 3, blocks - 1]
 
 
+def test_more_places_than_blocks(device: str) -> None:
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=4, num_kv_heads=2, block_length=4, block_stride=2, selection_block_size=8,
+        num_selected_blocks=33, window_size=9,
+    )  # fmt: skip
+    make = lambda tokens, heads, dim: torch.randn(1, tokens, heads, dim, device=device)
+    cache = nsa.NSACache(cfg, 1, 40, dtype=torch.float32, device=device)
+    cache.append(*(make(39, 2, 16) for _ in range(6)), *(nsa.BlockCompressor(16, cfg, "mean") for _ in range(2)))
+    q, gates = make(2, 4, 16), make(2, 4, 3).sigmoid()
+    _, indices = nsa.cached_attention(q, gates, cache, return_block_indices=True, backend="triton")
+    assert indices.tolist() == [[[[*range(5), *[-1] * 28]] * 2] * 2]
+
+
 @pytest.mark.parametrize("pages", PAGES)
 def test_a_selection_block_in_which_more_blocks_start_than_a_tile_holds(device: str, pages: int | None) -> None:
     from nsa import decode_tuning
