@@ -131,8 +131,8 @@ BREAKS = [
     Break(
         "a ring stays at its end instead of beginning anew",
         "cache_store.py",
-        "first + positions[:, old:] % slots",
-        "first + positions[:, old:].clamp_max(slots - 1)",
+        "positions[:, old:] % slots, x",
+        "positions[:, old:].clamp_max(slots - 1), x",
         "tests/test_cache_boundaries.py::test_steps_pass_the_ends_of_rings_blocks_and_pages",
     ),
     Break(
