@@ -11,6 +11,7 @@ set.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ TARGETS = {
 }
 # Bytes of shared memory that one block may have.
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+NARROW = re.compile(r"ld\.global\S*\.[bu]16\s")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -68,11 +70,18 @@ CASES = (
 
 @dataclass(frozen=True)
 class Launch:
-    """Bytes of shared memory that a kernel was given, and how many ``tuning`` reckoned with where it chose the tile."""
+    """A kernel as it was compiled.
+
+    Attributes:
+        shared: bytes of shared memory that it was given.
+        reckoned: how many ``tuning`` reckoned with where it chose the tile.
+        narrow: loads of 2 bytes each in its code: rows that could not be seen to be aligned. 0 where it is not PTX.
+    """
 
     kernel: str
     shared: int
     reckoned: int | None
+    narrow: int
 
 
 class CompilingDriver:
@@ -116,7 +125,8 @@ def compiling(name: str) -> Iterator[list[Launch]]:
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         name = f"{self.module.removeprefix('nsa.kernels.')}.{self.__name__}"
-        launches.append(Launch(name, kernel.metadata.shared, reckoned(name, args[0], arch, kwargs)))
+        narrow = len(NARROW.findall(kernel.asm.get("ptx", "")))
+        launches.append(Launch(name, kernel.metadata.shared, reckoned(name, args[0], arch, kwargs), narrow))
         return kernel
 
     with (

@@ -227,6 +227,25 @@ def test_more_places_than_blocks(device: str) -> None:
     assert indices.tolist() == [[[[*range(5), *[-1] * 28]] * 2] * 2]
 
 
+@pytest.mark.parametrize("ranked", [512, 4])
+def test_nothing_to_attend_to(device: str, ranked: int) -> None:
+    """An empty sequence, which a graph's first run without an append has, selects nothing and reads nothing."""
+    from nsa import decode_tuning
+
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=4, num_kv_heads=2, block_length=4, block_stride=2, selection_block_size=8,
+        num_selected_blocks=3, num_local_blocks=1, window_size=9,
+    )  # fmt: skip
+    cache = nsa.NSACache(cfg, 2, 90, dtype=torch.float32, device=device)
+    for x in cache._store._rows.values():
+        x.fill_(float("nan"))
+    q, gates = torch.randn(2, 3, 4, 16, device=device), torch.ones(2, 3, 4, 3, device=device)
+    with cache.dry_run(), mock.patch.object(decode_tuning, "RANKED", ranked):
+        o, indices = nsa.cached_attention(q, gates, cache, return_block_indices=True, backend="triton")
+    assert torch.equal(indices, torch.full_like(indices, -1))
+    assert torch.equal(o, torch.zeros_like(o))
+
+
 @pytest.mark.parametrize("pages", PAGES)
 def test_a_selection_block_in_which_more_blocks_start_than_a_tile_holds(device: str, pages: int | None) -> None:
     from nsa import decode_tuning

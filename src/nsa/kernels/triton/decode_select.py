@@ -3,7 +3,8 @@
 A weight refers to the maximum that was known when it was kept. Both together and the lse of all parts make a probability. A
 program adds up the importance of some blocks and chooses ``n`` of them. Where there are more of these programs for a query, the
 next launch chooses among what they chose: the ``n`` highest of all blocks are among the ``n`` highest of their chunks, and so
-are the lowest of those that tie.
+are the lowest of those that tie. A query before the first token, which a graph's first run without an append has, is told that
+there are none.
 """
 
 from __future__ import annotations
@@ -113,8 +114,9 @@ def decode_choose_kernel(
     tl.store(importance + wide(which) * selection + j, p, mask=j < selection)
     rank = ranked(p[None, :], j, own, own >= 0, num_initial, num_local)
     place = (wide(which) * tl.num_programs(0) + chunk) * n + tl.zeros([1, 1], tl.int64)
+    always = tl.full([1], True, tl.int1)
     store_top_n(
-        rank, j[None, :], importance, row, own - first, own >= 0, out + place, 0, 1, selection, n, num_initial, num_local,
+        rank, j[None, :], importance, row, own - first, always, out + place, 0, 1, selection, n, num_initial, num_local,
         1, BJ, BN, GROUPS, True,
     )  # fmt: skip
 
@@ -135,8 +137,9 @@ def decode_choose_again_kernel(
     rank = tl.where(j[None, :] >= 0, ranked(p[None, :], j, own, own >= 0, num_initial, num_local), -1)
     held = tl.sum((rank >= 0).to(tl.int32), 1)
     place = (wide(which) * tl.num_programs(0) + chunk) * n + tl.zeros([1, 1], tl.int64)
+    always = tl.full([1], True, tl.int1)
     store_top_n(
-        rank, j[None, :], importance, place, held - 1, own >= 0, out + place, 0, 1, selection, n, num_initial, num_local,
+        rank, j[None, :], importance, place, held - 1, always, out + place, 0, 1, selection, n, num_initial, num_local,
         1, BJ, BN, GROUPS, True,
     )  # fmt: skip
 

@@ -80,22 +80,22 @@ def decode_tokens_kernel(
     token = tl.maximum(block, 0) * size + within
     count_slc = tl.where(block < 0, 0, tl.minimum(size - within, pos + 1 - token))
     page, start = pool_place(token, count_slc > 0, batch, table, max_pages, PER_PAGE)
-    page_k = tl.where(windowed, wide(batch) * stride_kwp, page * stride_ksp)
-    page_v = tl.where(windowed, wide(batch) * stride_vwp, page * stride_vsp)
+    page = tl.where(windowed, wide(batch), page)
     start = tl.where(windowed, (first % slots + tile * BN) % slots, start)
     held = tl.where(windowed, count - tile * BN, count_slc)
     end = tl.where(windowed, slots, NEVER)  # a ring goes on at its first slot
-    stride_k, stride_v = tl.where(windowed, stride_kwr, stride_ksr), tl.where(windowed, stride_vwr, stride_vsr)
+    stride_kp, stride_kr = tl.where(windowed, stride_kwp, stride_ksp), tl.where(windowed, stride_kwr, stride_ksr)
+    stride_vp, stride_vr = tl.where(windowed, stride_vwp, stride_vsp), tl.where(windowed, stride_vwr, stride_vsr)
     column = tl.arange(0, BN)
     for i in tl.range(0, stop - begin):
         at = tl.sum(tl.where(lane == i, start, 0), 0) + column
         at = tl.where(at >= end, at - slots, at)
         keep = column < tl.sum(tl.where(lane == i, held, 0), 0)
-        at_k = tl.sum(tl.where(lane == i, page_k, 0), 0) + at * stride_k
-        at_v = tl.sum(tl.where(lane == i, page_v, 0), 0) + at * stride_v
-        kt = stream_rows(k, at_k, tl.arange(0, BD), keep, D)  # [BN, BD]
+        # Pages are picked out, not their addresses: that these are multiples of 16 would not survive the sum.
+        its_page = tl.sum(tl.where(lane == i, page, 0), 0)
+        kt = stream_rows(k, its_page * stride_kp + at * stride_kr, tl.arange(0, BD), keep, D)  # [BN, BD]
         s = tl.where(keep[None, :], dot(qt, kt.T), float("-inf"))  # [BM, BN]
-        vt = stream_rows(v, at_v, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
+        vt = stream_rows(v, its_page * stride_vp + at * stride_vr, tl.arange(0, BDV), keep, DV)  # [BN, BDV]
         m, l, acc = softmax_step(s, scale, vt, m, l, acc)
     out, row_lse = softmax_end(m, l, acc)
     store_part(o, lse, row, first_part + part, parts, keep_row, out, row_lse, DV, BDV)
