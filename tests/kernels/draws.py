@@ -75,7 +75,7 @@ def shapes(device: str) -> tuple[Shape, ...]:
 
 
 LAYOUTS = ("plain", "table", "packed")  # of lengths, each compiled for itself
-EVERY_LAYOUT = 9  # of the shapes on a GPU, the first: compiling is most of the suite's time
+EVERY_LAYOUT = 6  # of the shapes on a GPU, the first: compiling is most of the suite's time
 
 
 def layout(kind: str) -> str:

@@ -20,7 +20,7 @@ from nsa.kernels.triton.interval_forward import end_seen
 from nsa.kernels.triton.tile import LOG2E, wide
 from nsa.kernels.triton.top_n import ranked, store_top_n
 
-TILE = 8192  # heads by selection blocks, looked at together
+TILE = 2048  # heads by selection blocks, looked at together
 
 
 @triton.jit
@@ -102,23 +102,27 @@ def decode_choose_kernel(
     chunk, which = tl.program_id(0), tl.program_id(1)
     hk, number = which % kv_heads, which // kv_heads
     tokens = tl.load(lengths + number // queries)
-    own = own_block(tokens - queries + number % queries, size) + tl.zeros([1], tl.int32)
+    last = own_block(tokens - queries + number % queries, size)
     first = chunk * BJ
-    per_block = size // stride
-    stop = end_seen(tokens - 1, length, stride, tiles * BC // cells * per_block)
-    row = wide(number) * heads + hk * group
-    p = _importance(
-        weights, edges, peaks, lse, row, stop, first // BC, group, parts, splits, tiles, per_block, cells, BC, BG, BP, BJ
-    )
-    j = first + tl.arange(0, BJ)
-    tl.store(importance + wide(which) * selection + j, p, mask=j < selection)
-    rank = ranked(p[None, :], j, own, own >= 0, num_initial, num_local)
-    place = (wide(which) * tl.num_programs(0) + chunk) * n + tl.zeros([1, 1], tl.int64)
-    always = tl.full([1], True, tl.int1)
-    store_top_n(
-        rank, j[None, :], importance, row, own - first, always, out + place, 0, 1, selection, n, num_initial, num_local,
-        1, BJ, BN, GROUPS, True,
-    )  # fmt: skip
+    out += (wide(which) * tl.num_programs(0) + chunk) * n
+    if first <= last:
+        per_block = size // stride
+        stop = end_seen(tokens - 1, length, stride, tiles * BC // cells * per_block)
+        row = wide(number) * heads + hk * group
+        p = _importance(
+            weights, edges, peaks, lse, row, stop, first // BC, group, parts, splits, tiles, per_block, cells, BC, BG, BP, BJ
+        )
+        j = first + tl.arange(0, BJ)
+        tl.store(importance + wide(which) * selection + j, p, mask=j < selection)
+        own = last + tl.zeros([1], tl.int32)
+        rank = ranked(p[None, :], j, own, own >= 0, num_initial, num_local)
+        store_top_n(
+            rank, j[None, :], importance, row, own - first, own >= 0, out + tl.zeros([1, 1], tl.int64), 0, 1, selection, n,
+            num_initial, num_local, 1, BJ, BN, GROUPS, True,
+        )  # fmt: skip
+    else:  # a cache has room for more than it holds
+        place = tl.arange(0, BN)
+        tl.store(out + place, tl.full([BN], -1, tl.int32), mask=place < n)
 
 
 @triton.jit(do_not_specialize=["queries", "kv_heads", "count", "size", "n", "num_initial", "num_local"])
@@ -164,7 +168,8 @@ def decode_select(
         *kept, lse, lengths, importance, chosen, queries, heads, group, kv_heads, parts, splits, cells.tiles, length, stride,
         size, cells.per_block, selection, n, num_initial, num_local, BC=cells.per_tile, BJ=width,
         BG=max(1, min(TILE // width, triton.next_power_of_2(group))), BP=triton.next_power_of_2(splits),
-        num_warps=warps, **told,
+        # Threads that hold the same sum must agree on its last bit: none may fuse its own product with another's sum.
+        enable_fp_fusion=False, num_warps=warps, **told,
     )  # fmt: skip
     while chunks > 1:
         count = chunks * n
