@@ -25,7 +25,7 @@ PRESETS = {
         "seconds on a CPU; learns next to nothing, shows that everything runs",
         LMConfig(
             NSAConfig(
-                head_dim=8, num_heads=4, num_kv_heads=1, block_length=8, block_stride=4, selection_block_size=8,
+                head_dim=16, num_heads=2, num_kv_heads=1, block_length=8, block_stride=4, selection_block_size=8,
                 num_selected_blocks=4, window_size=8,
             ),
             hidden_size=32, num_layers=2,
