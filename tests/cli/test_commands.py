@@ -100,7 +100,7 @@ def test_resuming_with_another_setting_names_it(text, tmp_path):
     [
         (["--preset", "huge"], "preset must be one of micro, tiny, small, got 'huge'"),
         (["--attention", "linear"], "attention must be one of nsa, full, window, got 'linear'"),
-        (["--width", "30"], "width must be a positive multiple of twice the heads, 8, got 30"),
+        (["--width", "30"], "width must be a positive multiple of twice the heads, 4, got 30"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--lr", "-1"], "learning_rate must be positive and finite, got -1.0"),
         (["--device", "abacus"], "device must be one that torch can use here, got 'abacus'"),
