@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo", "bench"},
+    {"demo", "bench", "aot"},
     {"train"},
     {"models"},
     {"module", "distributed"},
@@ -37,7 +37,7 @@ LAYERS = [
 HEIGHT = {name: -i for i, names in enumerate(LAYERS) for name in names}
 # Who may import what takes long, or is not always there.
 HEAVY = {
-    "triton": {"kernels", "bench"},  # bench times with its clock
+    "triton": {"kernels", "bench", "aot"},  # bench times with its clock
     "matplotlib": {"demo", "bench"},
     "typer": {"cli", "bench", "__main__"},
     "rich": {"cli", "bench"},
