@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(VENV)/bin/nsa demo $(ARGS)
 
 test: $(STAMP)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n $(JOBS) --dist loadgroup tests/kernels
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n $(JOBS) --dist loadgroup tests/kernels tests/aot
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(STAMP)
