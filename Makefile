@@ -6,7 +6,7 @@
 #   ARGS      more arguments for `nsa demo` or pytest
 #
 # `make test-gpu` runs the kernels' tests on the GPU of this machine, `make sanitize` its memory and race checkers, `make compile`
-# compiles every kernel for every GPU.
+# compiles every kernel for every GPU, `make release` packs the sources of the last commit with the C library's kernels compiled.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -17,7 +17,9 @@ STAMP := $(VENV)/installed
 
 SANITIZER := compute-sanitizer --error-exitcode 1
 
-.PHONY: demo test test-gpu sanitize compile lint format clean
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/nsa/__init__.py)
+
+.PHONY: demo test test-gpu sanitize compile release lint format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/nsa demo $(ARGS)
@@ -38,6 +40,14 @@ sanitize: $(STAMP)
 compile: $(STAMP)
 	$(VENV)/bin/python tests/kernels/ahead_of_time.py
 	$(VENV)/bin/python -m tests.kernels.decode_ahead_of_time
+
+# With the compiled kernels the C library builds where there is no Python. ARGS: what `python -m nsa.aot` takes.
+release: $(STAMP)
+	$(VENV)/bin/python -m nsa.aot --output build/exported $(ARGS)
+	mkdir -p dist
+	git archive -o dist/nsa-$(VERSION).tar.gz \
+		--prefix=nsa-$(VERSION)/native/exported/ --add-file=build/exported/kernels.c --add-file=build/exported/kernels.bin \
+		--prefix=nsa-$(VERSION)/ HEAD
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check
