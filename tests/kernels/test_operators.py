@@ -32,9 +32,9 @@ def inputs(device: str, dtype: torch.dtype = torch.float32, tokens: int = TOKENS
 
 def described(layout: str, device: str) -> tuple[list[Tensor], Tensor, tuple[Any, ...]]:
     """Few tokens, since each check runs an operator many times; a caller's blocks; lengths as the operators take them."""
-    tokens = 20
-    offsets = torch.tensor([0, 9, 9, 20], dtype=torch.int32, device=device)
-    indices = torch.randint(-1, 3, (1, tokens, 2, 3), dtype=torch.int32, device=device)
+    tokens = 16
+    offsets = torch.tensor([0, 5, 5, 16], dtype=torch.int32, device=device)
+    indices = torch.randint(-1, 2, (1, tokens, 2, 3), dtype=torch.int32, device=device)
     lengths = (None, None, None, tokens) if layout == "plain" else (offsets, offsets, None, 0)
     return inputs(device, tokens=tokens), indices, lengths
 
@@ -53,8 +53,7 @@ def test_opcheck_of_steps(device: str, layout: str) -> None:
     opcheck(ops.combine_op, (*o, torch.rand(1, 5, 6, 3, device=device, requires_grad=True)))
 
 
-@pytest.mark.parametrize("layout", ["plain", "packed"])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("given", "layout"), [(False, "plain"), (True, "packed")])
 def test_opcheck_of_the_whole(device: str, given: bool, layout: str) -> None:
     tensors, indices, lengths = described(layout, device)
     rest = (indices if given else None, *lengths, 8, 4, 8, 4, 1, 2, 9, 0.2)
