@@ -166,11 +166,14 @@ def test_a_second_export_compiles_nothing(exported: Path) -> None:
     assert (exported / "kernels.c").read_text() == first
 
 
-def test_the_command_says_what_is_wrong() -> None:
-    command = [sys.executable, "-m", "nsa.aot", "--output", "/nowhere", "--archs", "75"]
+@pytest.mark.parametrize(
+    ("option", "value", "why"), [("--archs", "75", "NSA_ARCHS must be"), ("--jobs", "0", "--jobs must be at least 1, got 0")]
+)
+def test_the_command_says_what_is_wrong(option: str, value: str, why: str) -> None:
+    command = [sys.executable, "-m", "nsa.aot", "--output", "/nowhere", option, value]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT / "src")
     assert done.returncode == 1
-    assert done.stderr.startswith("nsa.aot: NSA_ARCHS must be")
+    assert done.stderr.startswith(f"nsa.aot: {why}")
 
 
 def test_versions_agree() -> None:

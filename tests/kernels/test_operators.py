@@ -55,6 +55,7 @@ def test_opcheck_of_steps(device: str, layout: str) -> None:
 
 @pytest.mark.parametrize(("given", "layout"), [(False, "plain"), (True, "packed")])
 def test_opcheck_of_the_whole(device: str, given: bool, layout: str) -> None:
+    """Each value once: which blocks are given and how lengths are told meet nowhere in an operator's description."""
     tensors, indices, lengths = described(layout, device)
     rest = (indices if given else None, *lengths, 8, 4, 8, 4, 1, 2, 9, 0.2)
     opcheck(ops.attention_op, (*tensors, *rest, True))

@@ -86,6 +86,8 @@ def main() -> int:
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile; default %(default)s")
     told = parser.parse_args()
     try:
+        if told.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {told.jobs}")
         cases = asked_cases(told.archs, told.dims, told.dtypes)
         if not cases:
             raise ValueError("NSA_ARCHS, NSA_DIMS and NSA_DTYPES must each name something")

@@ -18,7 +18,7 @@ from nsa.config import NSAConfig
 from nsa.kernels.triton import stream_compress, stream_window
 from nsa.kernels.triton.decode_compressed import decode_compressed_kernel
 from nsa.kernels.triton.decode_merge import PARTS, decode_merge_kernel
-from nsa.kernels.triton.decode_select import TILE, decode_choose_again_kernel, decode_choose_kernel
+from nsa.kernels.triton.decode_select import TILE, UNFUSED, decode_choose_again_kernel, decode_choose_kernel
 from nsa.kernels.triton.decode_tokens import decode_tokens_kernel
 from nsa.kernels.triton.stream_compress import stream_means_kernel, stream_weighted_kernel
 from nsa.kernels.triton.stream_inputs import stream_inputs_kernel
@@ -238,7 +238,7 @@ KERNELS: dict[str, Kernel] = {
         {"BC": Rule("is", "per_tile"), "BN": Rule("at_least", "n"), "BP": Rule("at_least", "splits")},
         _choose,
         {"lse": "part_lse", "out": "chosen"},
-        options={"enable_fp_fusion": False},
+        options=UNFUSED,
     ),
     "decode_choose_again": Kernel(
         decode_choose_again_kernel,

@@ -24,14 +24,10 @@ def write(cases: Sequence[Case], binaries: Sequence[Binary], folder: Path) -> No
             places[x.cubin] = len(blob)
             blob += x.cubin
     entries = [(x, places[x.cubin]) for x in binaries]
-    _write(folder / "kernels.bin", bytes(blob))
-    _write(folder / "kernels.json", json.dumps([_facts(x, offset) for x, offset in entries], indent=1).encode())
-    _write(folder / "kernels.c", "\n".join(_lines(cases, entries)).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Always, so that a build tool sees it was made; nothing was written if the export failed."""
-    path.write_bytes(content)
+    # Also where nothing changes, so that a build tool sees that they were made.
+    (folder / "kernels.bin").write_bytes(blob)
+    (folder / "kernels.json").write_text(json.dumps([_facts(x, offset) for x, offset in entries], indent=1))
+    (folder / "kernels.c").write_text("\n".join(_lines(cases, entries)))
 
 
 def _facts(x: Binary, offset: int) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from nsa.kernels.triton.tile import LOG2E, wide
 from nsa.kernels.triton.top_n import ranked, store_top_n
 
 TILE = 2048  # heads by selection blocks, looked at together
+# Threads that hold the same sum must agree on its last bit: none may fuse its own product with another's sum.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -168,8 +170,7 @@ def decode_select(
         *kept, lse, lengths, importance, chosen, queries, heads, group, kv_heads, parts, splits, cells.tiles, length, stride,
         size, cells.per_block, selection, n, num_initial, num_local, BC=cells.per_tile, BJ=width,
         BG=max(1, min(TILE // width, triton.next_power_of_2(group))), BP=triton.next_power_of_2(splits),
-        # Threads that hold the same sum must agree on its last bit: none may fuse its own product with another's sum.
-        enable_fp_fusion=False, num_warps=warps, **told,
+        num_warps=warps, **UNFUSED, **told,
     )  # fmt: skip
     while chunks > 1:
         count = chunks * n
