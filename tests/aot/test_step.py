@@ -139,6 +139,10 @@ def test_a_window_that_begins_in_the_middle(device: str, make: Make) -> None:
             ctx.update_window(other.k[first:stop], other.v[first:stop])
             window = None if stop == 60 else (other.k, other.v)  # 19 tokens are one too few
             check("window", compute(ctx, stream, stop), stream, stop, window)
+        # A whole window is the same from whichever slot it is read; a part of one is not.
+        ctx.reset()
+        ctx.update_window(other.k[5:20], other.v[5:20])
+        check("newest", compute(ctx, stream, 12), stream, 12, (other.k[8:20], other.v[8:20]))
 
 
 @pytest.mark.parametrize("kind", ["mean", "mlp"])
