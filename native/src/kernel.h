@@ -54,7 +54,7 @@ typedef struct NSAKernel {
 
 /* Programs that fill a GPU, of nsa/decode_tuning.py. */
 typedef struct NSATuning {
-    int compressed_programs, token_programs;
+    int compressed_programs, few_programs, few_parts, token_programs;
 } NSATuning;
 
 /* Written by the export. */

@@ -94,7 +94,8 @@ static int plan_compressed(Planner *p) {
     set(p, NSA_VALUE_per_tile, nsa_constant(kernel, "BN") / cell);
     const int64_t tiles = ((int64_t)selection * get(p, NSA_VALUE_cells) - 1) / get(p, NSA_VALUE_per_tile) + 1;
     set(p, NSA_VALUE_tiles, (int)tiles); /* one holds a compressed block or more, so there are no more than tokens */
-    set(p, NSA_VALUE_splits, at_least(1, at_most(nsa_tuning.compressed_programs / (kv_heads * head_tiles), (int)tiles)));
+    const int programs = kv_heads * head_tiles, few = at_least(nsa_tuning.few_parts, nsa_tuning.few_programs / programs);
+    set(p, NSA_VALUE_splits, at_least(1, at_most(at_most(nsa_tuning.compressed_programs / programs, few), (int)tiles)));
     set_grid(p, NSA_SLOT_COMPRESSED, get(p, NSA_VALUE_splits), head_tiles, kv_heads);
     return NSA_OK;
 }

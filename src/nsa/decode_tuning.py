@@ -15,6 +15,10 @@ from nsa.config import NSAConfig
 from nsa.tuning import Tile, padded, padded_dim
 
 COMPRESSED_PROGRAMS = 264
+FEW_PROGRAMS, FEW_PARTS = 132, 33  # more parts than that of a sequence took longer to merge than they saved: 4 us at 1 x 64k
+SLICED = 128  # programs without a split that a step in slices has at least: a slice must fill the GPU
+SLICES = 4
+PRIORITIES = (-1, -2, 0)  # of a slice's compressed blocks, its choice and its tokens; the lowest number goes first
 TOKEN_PROGRAMS = 396
 RANKED = 512  # blocks that a program adds up the importance of and ranks
 RANKED_AGAIN = 4096  # that one ranks of those which such programs chose
@@ -56,9 +60,14 @@ def cells(cfg: NSAConfig, max_seq_len: int, block_n: int) -> Cells:
     return Cells(width, per_block, per_tile, max(1, -(-cfg.num_selection_blocks(max_seq_len) * per_block // per_tile)))
 
 
+def slices(batch: int, programs: int, arch: int) -> int:
+    """Into how many slices a batch is cut whose sequences have ``programs`` programs each without a split."""
+    return min(SLICES, batch) if arch >= 90 and batch * programs >= SLICED else 1
+
+
 def compressed_splits(programs: int, tiles: int) -> int:
     """Into how many parts ``tiles`` tiles are split where there are ``programs`` without a split."""
-    return max(1, min(COMPRESSED_PROGRAMS // programs, tiles))
+    return max(1, min(COMPRESSED_PROGRAMS // programs, max(FEW_PARTS, FEW_PROGRAMS // programs), tiles))
 
 
 @dataclass(frozen=True)

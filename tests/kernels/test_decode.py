@@ -41,11 +41,12 @@ def _poisoned() -> Iterator[None]:
 class Filled:
     """A cache with a history of sequences of different lengths, over memory that held NaN, and the raw tokens beside it."""
 
-    def __init__(self, number: int, device: str, kernels: bool, compressor: str = "mean") -> None:
+    def __init__(self, number: int, device: str, kernels: bool, compressor: str = "mean", batch: int | None = None) -> None:
         known = shapes(device)
         shape, self.rng = known[number % len(known)], random.Random(number)
         self.cfg, self.dtype, self.device = shape.config(self.rng), getattr(torch, shape.dtype), device
-        pages, batch = PAGES[number % len(PAGES)], self.rng.randint(1, 3 if device == "cuda" else 2)
+        pages, drawn = PAGES[number % len(PAGES)], self.rng.randint(1, 3 if device == "cuda" else 2)
+        batch = batch or drawn
         longest = 600 if device == "cuda" else 60
         self.draws = torch.Generator().manual_seed(number)
         self.cache = nsa.NSACache(
@@ -121,6 +122,23 @@ def test_a_step_over_any_cache(device: str, number: int) -> None:
     assert_within_2x(f"o of {case}", got, ref.o, base.o, filled.dtype)
     again = nsa.cached_attention(low.q, low.gates, filled.cache, backend="triton")
     assert torch.equal(got, again), f"{case} is not the same on a second run"
+
+
+@pytest.mark.parametrize(("number", "count"), [(0, 2), (1, 3), (2, 2)])
+def test_slices_of_a_batch(device: str, number: int, count: int) -> None:
+    """Launches of their own for parts of a batch change no bit of it: there are as many parts of the keys."""
+    from nsa import decode_tuning
+
+    filled = Filled(number, device, kernels=False, batch=5)
+    queries = min(QUERIES[device][number % 4], *filled.cache.lengths)
+    low = filled.inputs(queries)
+    step = lambda: nsa.cached_attention(low.q, low.gates, filled.cache, return_block_indices=True, backend="triton")
+    with mock.patch.object(decode_tuning, "compressed_splits", return_value=2):
+        whole = step()
+        with mock.patch.object(decode_tuning, "slices", return_value=count) as asked:
+            sliced = step()
+    assert asked.called
+    assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
 
 
 @pytest.mark.parametrize("compressor", ["mean", "mlp"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import nsa
+from nsa import decode_tuning
 from nsa.models import LanguageModel, LMConfig
 
 CFG = nsa.NSAConfig(
@@ -45,7 +46,11 @@ class Step:
 @pytest.mark.parametrize("kind", ["mean", "mlp"])
 @pytest.mark.parametrize("page_size", [None, 32, 96])
 @pytest.mark.parametrize("count", [1, 3, 16])
-def test_replays_give_what_steps_give(device: str, count: int, page_size: int | None, kind: str) -> None:
+@pytest.mark.parametrize("slices", [1, 2])
+def test_replays_give_what_steps_give(
+    device: str, slices: int, count: int, page_size: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_tuning, "slices", lambda *about: slices)
     make = lambda: nsa.NSACache(CFG, 3, 500, dtype=torch.float16, device=device, page_size=page_size, max_crop=20)
     captured, plain, step = make(), make(), Step(3, count, kind, device)
     graph = nsa.DecodeGraph(lambda: step(captured), [captured], count)

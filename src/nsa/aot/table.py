@@ -39,10 +39,11 @@ def _lines(cases: Sequence[Case], entries: Sequence[tuple[Binary, int]]) -> Iter
     yield "/* Made by python -m nsa.aot out of the Triton kernels; not to be edited. */"
     yield '#include "kernel.h"'
     yield ""
-    yield f"const NSATuning nsa_tuning = {{{decode_tuning.COMPRESSED_PROGRAMS}, {decode_tuning.TOKEN_PROGRAMS}}};"
+    told = ("COMPRESSED_PROGRAMS", "FEW_PROGRAMS", "FEW_PARTS", "TOKEN_PROGRAMS")
+    yield f"const NSATuning nsa_tuning = {{{', '.join(str(getattr(decode_tuning, name)) for name in told)}}};"
     archs, dims, dtypes = (sorted(set(x)) for x in zip(*((c.arch, _dims(c), c.dtype) for c in cases)))
-    told = f"compute capability {_joined(archs)}, head dims {_joined(dims)}, {_joined(dtypes)}"
-    yield f'const char nsa_exported[] = "{told}";'
+    held = f"compute capability {_joined(archs)}, head dims {_joined(dims)}, {_joined(dtypes)}"
+    yield f'const char nsa_exported[] = "{held}";'
     yield ""
     for role, kernel in KERNELS.items():
         yield f"static const NSAParameter {role}[] = {{{', '.join(_parameters(kernel))}}};"
