@@ -25,6 +25,30 @@ def interval_forward(
     return forward(q, k, v, spans, length, stride, window, softmax_scale)
 
 
+def interval_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, spans: Spans,
+    length: int, stride: int, window: int, softmax_scale: float, need: tuple[bool, bool], dq: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dq, dk, dv of ``gate * interval_forward``; ``need`` says whether those of the queries and those of keys and values are
+    wanted. Those of the queries are added to ``dq`` where there is one.
+
+    do ``[B, TQ, HQ, DV]``; shift, which carries the gate, and delta fp32 ``[B, HQ, TQ]``, of one layout.
+    """
+    arguments = q, k, v, do, shift, delta, spans, length, stride, window, softmax_scale
+    if _on_hopper(q, v.shape[-1]):
+        from nsa.kernels.hopper.interval_dkv import interval_dkv
+        from nsa.kernels.hopper.interval_dq import interval_dq
+    else:
+        from nsa.kernels.triton.interval_backward import interval_dkv, interval_dq
+    dk = dv = None
+    if need[0]:
+        dq = interval_dq(*arguments, dq)
+    if need[1]:
+        parts = zip(interval_dkv(*arguments), (k, v))
+        dk, dv = (x[0].to(y.dtype) if len(x) == 1 else x.sum(0).to(y.dtype) for x, y in parts)
+    return dq, dk, dv
+
+
 def _selected_on_hopper(q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, size: int) -> bool:
     rows = lists.queries * (q.shape[2] // k.shape[2])
     return _on_hopper(q, v.shape[-1]) and q.shape[-1] == v.shape[-1] and size == 64 and rows <= 64

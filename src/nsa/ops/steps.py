@@ -53,7 +53,7 @@ def interval_backward_op(
     length: int, stride: int, window: int, scale: float, need_q: bool, need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; an empty tensor for what is not needed."""
-    from nsa.kernels.triton import interval_backward as kernels
+    from nsa.kernels import launch as kernels
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.statistics import row_statistics
 

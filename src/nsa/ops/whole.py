@@ -91,7 +91,7 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv of each branch, dgates; an empty tensor for what is not needed. ``o``, ``lse``, ``need_kv`` by branch."""
     from nsa import tuning
-    from nsa.kernels.triton.interval_backward import interval_backward
+    from nsa.kernels.launch import interval_backward
     from nsa.kernels.triton.selected_backward import selected_backward
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.statistics import gate_statistics

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import tuning
+from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS, query_tile
 from nsa.kernels.hopper.pipeline import (
     LN2,
     LOG2E,
@@ -33,52 +34,11 @@ from nsa.kernels.hopper.pipeline import (
     end_seen,
     first_seen,
     load_async,
-    locate,
     phase,
     pinned,
-    span,
     store_async,
 )
 from nsa.kernels.triton.sequence import Spans
-
-ROWS = gl.constexpr(64)  # of a warpgroup
-GROUPS = gl.constexpr(2)  # warpgroups
-
-
-@gluon.jit
-def _work(number, where, shape, HEADS: gl.constexpr, BN: gl.constexpr, WINDOWED: gl.constexpr,
-          PACKED: gl.constexpr, TABLE: gl.constexpr):  # fmt: skip
-    """Tile ``number``: where its queries and keys lie, and the tiles of keys ``low .. high``, of which those from ``mid1`` on
-    and those before ``mid0`` are not seen whole by all of its queries."""
-    tile_count, per_seq, tile_seq, tile_first, table, q_len, k_len, offset = where
-    heads, group, length, stride, window = shape
-    QUERIES: gl.constexpr = GROUPS * ROWS // HEADS
-    h = number % (heads // HEADS) * HEADS
-    # The last queries see most: they go first, so that the launch ends with short programs.
-    seq, tile = locate(tile_count - 1 - number // (heads // HEADS), per_seq, tile_seq, tile_first, PACKED)
-    batch, q_row, q_len, k_row, k_len, offset = span(seq, table, q_len, k_len, offset, TABLE)
-    start = tile * QUERIES
-    first, last = offset + start, offset + gl.minimum(start + QUERIES, q_len) - 1
-    low = first_seen(first, window, WINDOWED) // BN
-    high = gl.maximum(gl.cdiv(end_seen(last, length, stride, k_len), BN), low + 1)
-    mid1 = gl.minimum(gl.maximum(end_seen(first, length, stride, k_len) // BN, low), high - 1)
-    mid0 = low
-    if WINDOWED:
-        mid0 = gl.minimum(gl.maximum(gl.cdiv(first_seen(last, window, WINDOWED), BN), low), mid1)
-    return (
-        batch.to(gl.int32),
-        (q_row + start).to(gl.int32),
-        start,
-        q_len,
-        k_row.to(gl.int32),
-        k_len,
-        offset,
-        h,
-        low,
-        mid0,
-        mid1,
-        high,
-    )
 
 
 @gluon.jit
@@ -92,7 +52,7 @@ def _load(count, where, shape, descs, buffers, bars,
     used = 0
     turn = 0
     for number in range(gl.program_id(0), count, gl.num_programs(0)):
-        batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = _work(
+        batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = query_tile(
             number, where, shape, HEADS, BN, WINDOWED, PACKED, TABLE)  # fmt: skip
         hk = h // shape[1]
         mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
@@ -173,7 +133,7 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
     turn = 0
     blanks = 0
     for number in range(gl.program_id(0), count, gl.num_programs(0)):
-        batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = _work(
+        batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = query_tile(
             number, where, shape, HEADS, BN, WINDOWED, PACKED, TABLE)  # fmt: skip
         query = C * (ROWS // HEADS) + row // HEADS
         pos = offset + start + query

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -13,14 +14,16 @@ from nsa.kernels.triton import interval_forward, sequence, tile
 
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
-# Triton 3.9 renames all three.
+# Triton 3.9 renames all four.
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+load_numbers = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 # Arithmetic on scalars and rows is the same in both dialects.
 locate, span = gluon.jit(sequence.locate.fn), gluon.jit(sequence.span.fn)
 first_seen, end_seen = gluon.jit(interval_forward.first_seen.fn), gluon.jit(interval_forward.end_seen.fn)
+gated = gluon.jit(tile.gated.fn)
 
 LOG2E, LN2, LOWEST = (gl.constexpr(x.value) for x in (tile.LOG2E, tile.LN2, tile.LOWEST))
 

@@ -203,55 +203,56 @@ def interval_dkv_kernel(
     store_tile(out_v, keys, stride_et, tl.arange(0, BDV), keep, dvt, DV)
 
 
-def interval_backward(
+def interval_dq(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, spans: Spans,
-    length: int, stride: int, window: int, softmax_scale: float, need: tuple[bool, bool], dq: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dq, dk, dv of ``gate * interval_forward``; ``need`` says whether those of the queries and those of keys and values are
-    wanted. Those of the queries are added to ``dq`` where there is one.
+    length: int, stride: int, window: int, softmax_scale: float, dq: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the queries, or ``dq`` with it added."""
+    add = dq is not None
+    dq = new_gradient(q, spans) if dq is None else dq
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    tune = tuning.interval_dq(q.shape[-1], v.shape[-1], q.dtype, window > 0, tuning.arch(q.device))
+    tiles = spans.query_tiles(tune.block_m)
+    if tiles.count:
+        interval_dq_kernel[(tiles.count * heads,)](
+            descriptor(q, tune.block_m), descriptor(k, tune.block_n), descriptor(v, tune.block_n),
+            descriptor(do, tune.block_m), shift, delta, dq, int(add), *shift.stride()[:2], *dq.stride()[:3],
+            tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
+            heads, group, length, stride, window, softmax_scale * LOG2E.value, softmax_scale,
+            BM=tune.block_m, BN=tune.block_n, **_shared(q, v, spans, window),
+            num_warps=tune.num_warps, num_stages=tune.num_stages,
+        )  # fmt: skip
+    return dq
 
-    do ``[B, TQ, HQ, DV]``; shift, which carries the gate, and delta fp32 ``[B, HQ, TQ]``, of one layout.
-    """
-    kind, hardware = window > 0, tuning.arch(q.device)
-    shared = {
+
+def interval_dkv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, spans: Spans,
+    length: int, stride: int, window: int, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of keys and values in shares of the group's heads: fp32 ``[shares, B, T, HK, D]`` and ``[.., DV]``."""
+    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    tune = tuning.interval_dkv(q.shape[-1], v.shape[-1], q.dtype, window > 0, tuning.arch(q.device))
+    tiles = spans.key_tiles(tune.block_n)
+    parts = tuning.head_shares(tiles.count * kv_heads, group)
+    make = torch.empty if spans.covers_keys and q.shape[1] else torch.zeros
+    dk_parts = make(parts, *k.shape, dtype=torch.float32, device=k.device)
+    dv_parts = make(parts, *v.shape, dtype=torch.float32, device=v.device)
+    if tiles.count and q.shape[1]:
+        interval_dkv_kernel[(tiles.count * kv_heads, parts)](
+            q, k, v, do, shift, delta, dk_parts, dv_parts,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *shift.stride()[:2],
+            *dk_parts.stride()[:3], *dv_parts.stride()[:3],
+            tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
+            kv_heads, group, triton.cdiv(group, parts), length, stride, window, softmax_scale * LOG2E.value, softmax_scale,
+            DV=v.shape[-1], BM=tune.block_m, BN=tune.block_n, **_shared(q, v, spans, window),
+            num_warps=tune.num_warps, num_stages=tune.num_stages,
+        )  # fmt: skip
+    return dk_parts, dv_parts
+
+
+def _shared(q: Tensor, v: Tensor, spans: Spans, window: int) -> dict[str, int]:
+    """Constants of both kernels."""
+    return {
         "D": q.shape[-1], "BD": tuning.padded_dim(q.shape[-1]), "BDV": tuning.padded_dim(v.shape[-1]),
-        "WINDOWED": kind, "PACKED": spans.packed, "TABLE": spans.table is not None,
+        "WINDOWED": window > 0, "PACKED": spans.packed, "TABLE": spans.table is not None,
     }  # fmt: skip
-    heads, kv_heads = q.shape[2], k.shape[2]
-    scale = softmax_scale * LOG2E.value
-    lengths = (spans.table, spans.q_len, spans.k_len, spans.offset)
-
-    dk = dv = None
-    if need[0]:
-        add = dq is not None
-        dq = new_gradient(q, spans) if dq is None else dq
-        tune = tuning.interval_dq(q.shape[-1], v.shape[-1], q.dtype, kind, hardware)
-        tiles = spans.query_tiles(tune.block_m)
-        if tiles.count:
-            interval_dq_kernel[(tiles.count * heads,)](
-                descriptor(q, tune.block_m), descriptor(k, tune.block_n), descriptor(v, tune.block_n),
-                descriptor(do, tune.block_m), shift, delta, dq, int(add), *shift.stride()[:2], *dq.stride()[:3],
-                tiles.per_seq, tiles.seq, tiles.first, *lengths,
-                heads, heads // kv_heads, length, stride, window, scale, softmax_scale,
-                BM=tune.block_m, BN=tune.block_n, **shared, num_warps=tune.num_warps, num_stages=tune.num_stages,
-            )  # fmt: skip
-    if need[1]:
-        tune = tuning.interval_dkv(q.shape[-1], v.shape[-1], q.dtype, kind, hardware)
-        tiles = spans.key_tiles(tune.block_n)
-        parts = tuning.head_shares(tiles.count * kv_heads, heads // kv_heads)
-        make = torch.empty if spans.covers_keys and q.shape[1] else torch.zeros
-        dk_parts = make(parts, *k.shape, dtype=torch.float32, device=k.device)
-        dv_parts = make(parts, *v.shape, dtype=torch.float32, device=v.device)
-        if tiles.count and q.shape[1]:
-            interval_dkv_kernel[(tiles.count * kv_heads, parts)](
-                q, k, v, do, shift, delta, dk_parts, dv_parts,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *shift.stride()[:2],
-                *dk_parts.stride()[:3], *dv_parts.stride()[:3],
-                tiles.per_seq, tiles.seq, tiles.first, *lengths,
-                kv_heads, heads // kv_heads, triton.cdiv(heads // kv_heads, parts),
-                length, stride, window, scale, softmax_scale,
-                DV=v.shape[-1], BM=tune.block_m, BN=tune.block_n, **shared,
-                num_warps=tune.num_warps, num_stages=tune.num_stages,
-            )  # fmt: skip
-        dk, dv = (x[0].to(y.dtype) if parts == 1 else x.sum(0).to(y.dtype) for x, y in ((dk_parts, k), (dv_parts, v)))
-    return dq, dk, dv
