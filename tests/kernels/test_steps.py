@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -186,6 +187,31 @@ def test_more_blocks_than_a_program_ranks(device: str, monkeypatch: pytest.Monke
         got = nsa.select_blocks(scale * q, k, lse, cfg, backend="triton")
         want = nsa.select_blocks(scale * q.double(), k.double(), lse.double(), cfg, backend="reference")
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("layout", ["batched", "packed"])
+def test_importance_in_many_chunks(device: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranked while the next chunk is computed: over and over, so that one that is overwritten too early would show."""
+    from nsa.kernels.triton import top_n
+
+    tokens = 1500 if device == "cuda" else 150
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=6, num_kv_heads=2, block_length=8, block_stride=4, selection_block_size=8, num_selected_blocks=5,
+        window_size=9,
+    )  # fmt: skip
+    draws = torch.Generator().manual_seed(0)
+    ends = [0, tokens // 3, tokens]
+    blocks = sum(cfg.num_compressed_blocks(b - a) for a, b in itertools.pairwise(ends))
+    told = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device=device)} if layout == "packed" else {}
+    blocks = blocks if told else cfg.num_compressed_blocks(tokens)
+    q, k = (torch.randn(1, rows, heads, 16, generator=draws).to(device) for rows, heads in ((tokens, 6), (blocks, 2)))
+    lse = nsa.compressed_attention(q, k, k, cfg, **told, backend="triton")[1]
+    want = nsa.select_blocks(q, k, lse, cfg, **told, backend="triton")
+    room = tuning.importance(16, q.dtype, tuning.arch(q.device)).block_m * 2 * 4 * (tokens // 8)  # of a tile of queries
+    for tiles in (1, 3, 4):
+        monkeypatch.setattr(top_n, "WORKSPACE", tiles * room + room // 2)
+        for _ in range(10 if device == "cuda" else 1):
+            assert torch.equal(nsa.select_blocks(q, k, lse, cfg, **told, backend="triton"), want)
 
 
 @pytest.mark.parametrize(("group", "size"), [(3, 20), (18, 18), (17, 32)])

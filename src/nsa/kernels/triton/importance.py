@@ -81,11 +81,12 @@ def importance_kernel(
 
 def block_importance(
     q: Tensor, k: Tensor, lse: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile0: int, count: int,
-    length: int, stride: int, size: int, softmax_scale: float,
+    length: int, stride: int, size: int, softmax_scale: float, early: bool = False,
 ) -> None:  # fmt: skip
     """P of ``count`` tiles of queries from ``tile0`` on into out fp32 ``[count * BM, HK, blocks]``.
 
-    q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``. Blocks past a query's own are left as they are.
+    q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``. Blocks past a query's own are left as they are. ``early``:
+    the launch before lets this one start as it does itself, and shares no memory with it.
     """
     kv_heads, dim, blocks = k.shape[2], q.shape[-1], out.shape[-1]
     tune = tuning.importance(dim, q.dtype, tuning.arch(q.device))
@@ -98,5 +99,5 @@ def block_importance(
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
         G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,
         D=dim, BM=tune.block_m, BD=tuning.padded_dim(dim), PACKED=spans.packed, TABLE=spans.table is not None,
-        num_warps=tune.num_warps, num_stages=tune.num_stages,
+        num_warps=tune.num_warps, num_stages=tune.num_stages, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa import tuning
+from nsa import decode_tuning, tuning
+from nsa.kernels.triton.dependent import dependents_may_start
 from nsa.kernels.triton.importance import block_importance
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import wide
@@ -149,8 +150,9 @@ def top_n_kernel(
     importance, out, tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, rows_q, kv_heads, blocks,
     size, n, num_initial, num_local,
     TILE: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
-    PACKED: tl.constexpr, TABLE: tl.constexpr,
+    PACKED: tl.constexpr, TABLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    dependents_may_start(DEPENDENT)
     pid, hk = tl.program_id(0), tl.program_id(1)
     number = pid // (TILE // BM)
     seq, tile = locate(tile0 + number, tiles, tile_seq, tile_first, PACKED)
@@ -184,20 +186,27 @@ def select_blocks(
     tokens = spans.q_len + spans.offset if spans.table is None else (k.shape[1] + 1) * stride + length
     blocks = triton.cdiv(triton.cdiv(tokens, size), 16) * 16  # rows of the workspace stay aligned
     step = max(1, WORKSPACE // (tile * kv_heads * max(blocks, 1) * 4))
-    space = torch.empty(min(step, tiles.count) * tile, kv_heads, blocks, dtype=torch.float32, device=q.device)
-    for tile0 in range(0, tiles.count, step):
-        count = min(step, tiles.count - tile0)
-        block_importance(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale)
+    # A chunk is ranked while the importance of the next is computed, in the other half: one waits for memory, and the other
+    # for the matrix unit. The ranking's own launch waits for both, so nobody writes what is still read.
+    beside = decode_tuning.dependent_launch(tuning.arch(q.device)) and tiles.count > step > 1
+    if beside:
+        step //= 2
+    room = min(step, tiles.count) * tile
+    halves = torch.empty(2 if beside else 1, room, kv_heads, blocks, dtype=torch.float32, device=q.device)
+    for i, tile0 in enumerate(range(0, tiles.count, step)):
+        count, space = min(step, tiles.count - tile0), halves[i % len(halves)]
+        early = beside and i > 0
+        block_importance(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale, early)
         # The queries of one sequence see no block past their last: the first chunks rank fewer.
         alone = spans.table is None and spans.num_seqs == 1
         ranked = min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1) if alone else blocks
-        _top_n(space, out, spans, tiles, tile, tile0, count, ranked, size, n, num_initial, num_local)
+        _top_n(space, out, spans, tiles, tile, tile0, count, ranked, size, n, num_initial, num_local, beside)
     return out
 
 
 def _top_n(
     importance: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile: int, tile0: int, count: int, ranked: int,
-    size: int, n: int, num_initial: int, num_local: int,
+    size: int, n: int, num_initial: int, num_local: int, beside: bool,
 ) -> None:  # fmt: skip
     """Rank the first ``ranked`` blocks for ``count`` tiles of ``tile`` queries from ``tile0`` on.
 
@@ -213,5 +222,5 @@ def _top_n(
         spans.rows_q, kv_heads, blocks, size, n, num_initial, num_local,
         TILE=tile, BM=rows, BJ=width, BN=triton.next_power_of_2(n), GROUPS=min(width, triton.next_power_of_2(n)),
         WHOLE=ranked <= width,
-        PACKED=spans.packed, TABLE=spans.table is not None, num_warps=warps,
+        PACKED=spans.packed, TABLE=spans.table is not None, DEPENDENT=beside, num_warps=warps,
     )  # fmt: skip
