@@ -59,14 +59,15 @@ def importance_kernel(
         i = (first - 1 + col // SUB) * PER + m
         inside = (m < PER) & (i >= 0) & (i < k_len)
         keys = tl.where(inside, i, 0)
+        # Turned here: Triton 3.9 would keep the tile in registers and store it to shared memory anew for every head.
         kt = tl.load(
             k + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0
-        )  # [BJ * SUB, BD]
+        ).T  # [BD, BJ * SUB]
         p = tl.zeros([BM, BJ * SUB], tl.float32)
         for g in tl.range(0, G):
             qt = load_direct(q, batch, q_row + start, hk * G + g, BM, BD)
             row_lse = backward_lse(tl.load(lse + g * stride_lh, mask=keep, other=float("-inf")))
-            p += tl.exp2(dot(qt, kt.T) * scale - row_lse[:, None])
+            p += tl.exp2(dot(qt, kt) * scale - row_lse[:, None])
         p = tl.where(inside[None, :] & (i[None, :] < seen[:, None]), p, 0.0)
         p = tl.reshape(p, [BM, BJ, SUB])
         weight = tl.minimum(PER - m0 - tl.arange(0, SUB), COVERS)[None, None, :]  # strides in the block's own selection block
