@@ -93,6 +93,14 @@ def test_a_tile_that_no_smaller_one_replaces_is_an_error(monkeypatch: pytest.Mon
         tuning.selected_forward(64, 64, torch.float16, 4, 64, 90)
 
 
+def test_registers_are_capped_only_where_nothing_spills() -> None:
+    capped = lambda dim=128, dtype=torch.bfloat16, starting=4, arch=90: tuning.importance_registers(dim, dtype, starting, arch)
+    assert capped() == capped(dim=64) == capped(dtype=torch.float16) == capped(starting=3) == capped(starting=64) == 160
+    assert capped(dim=256) is capped(dtype=torch.float32) is None
+    assert [capped(starting=starting) for starting in (1, 2, 65, 128)] == [None] * 4
+    assert [capped(arch=arch) for arch in (0, 80, 89, 100, 120)] == [None] * 5
+
+
 def test_what_was_measured_is_left_alone() -> None:
     """The tiles of an H100 for 16 bit, dims to 128 and blocks of 64 are those that measurements chose."""
     shape = (128, 128, torch.bfloat16)
@@ -102,7 +110,7 @@ def test_what_was_measured_is_left_alone() -> None:
     assert tuning.interval_dq(*shape, True, 90) == tuning.Tile(64, 64, 4, 3)
     assert tuning.interval_dkv(*shape, False, 90) == tuning.Tile(32, 128, 8, 3)
     assert tuning.interval_dkv(*shape, True, 90) == tuning.Tile(32, 64, 4, 3)
-    assert tuning.importance(128, torch.bfloat16, 90) == tuning.Tile(64, 128, 4, 3)
+    assert tuning.importance(128, torch.bfloat16, 90) == tuning.Tile(64, 128, 4, 2)
     for group, rows, key_rows, stages in ((1, 16, 32, 5), (16, 64, 32, 5), (48, 64, 64, 3), (128, 128, 128, 2)):
         assert tuning.selected_forward(*shape, group, 64, 90) == tuning.Tile(rows, 64, 4, 2)
         assert tuning.selected_dq(*shape, group, 64, 90) == tuning.Tile(rows, 64, 4, 2)

@@ -197,9 +197,22 @@ def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
     elif wide or not _hopper(arch):
         tile = Tile(64, 64, 4, 2)
     else:
-        # 5.1 to 5.5 ms without the top-n, with 2 stages 5.0 to 5.7 (128 queries: 7.3; 64 blocks: 6.2; 256: 7.7)
-        tile = Tile(64, 128, 4, 3)
+        # Without the top-n, on 2026-11-25, with ``importance_registers``: 5.21 ms (3 stages: 5.66; neither: 5.86). Before, of 3
+        # stages: 5.1 to 5.5 ms (128 queries: 7.3; 64 blocks: 6.2; 256: 7.7).
+        tile = Tile(64, 128, 4, 2 if arch == 90 else 3)
     return _fitting(tile, "importance", dim, dim, dtype, arch)
+
+
+def importance_registers(dim: int, dtype: torch.dtype, starting: int, arch: int) -> int | None:
+    """The most registers for a thread of ``importance``; None: as many as the compiler takes.
+
+    ``starting``: compressed blocks that start in one selection block.
+    """
+    if arch != 90 or dtype == torch.float32 or padded_dim(dim) > 128:
+        return None
+    # 5.21 ms (without: 5.74), with Triton 3.6, which takes 156 (155). Where one or two start, sums over selection blocks are as
+    # wide as the tile or half of it; more than 64 take a second pass, over which the sums are held. 160 are too few for either.
+    return 160 if 2 < starting <= 64 else None
 
 
 # Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.

@@ -94,11 +94,13 @@ def block_importance(
     per = size // stride
     sub = min(triton.next_power_of_2(per), tune.block_n // 2)
     blocks_a_tile = tune.block_n // sub
+    registers = tuning.importance_registers(dim, q.dtype, per, tuning.arch(q.device))
+    options = ({"maxnreg": registers} if registers else {}) | ({"launch_pdl": True} if early else {})
     importance_kernel[(triton.cdiv(blocks, blocks_a_tile - 1), count, kv_heads)](
         direct_descriptor(q, tune.block_m), k, lse, out, *k.stride()[:3], lse.stride(0), lse.stride(2), lse.stride(1),
         tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
         G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,
         D=dim, BM=tune.block_m, BD=tuning.padded_dim(dim), PACKED=spans.packed, TABLE=spans.table is not None,
-        num_warps=tune.num_warps, num_stages=tune.num_stages, **({"launch_pdl": True} if early else {}),
+        num_warps=tune.num_warps, num_stages=tune.num_stages, **options,
     )  # fmt: skip
