@@ -16,7 +16,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
         found = [(device, variant) for device in devices for variant in VARIANTS[device]]
         names = [f"{device}-{dims[0]}/{dims[1]}-{str(dtype).removeprefix('torch.')}" for device, (dims, dtype) in found]
-        params = [pytest.param(*x, marks=DEVICES[x[0]], id=name) for x, name in zip(found, names)]
+        params = [pytest.param(*x, marks=_marks(*x), id=name) for x, name in zip(found, names)]
         metafunc.parametrize(("device", "variant"), params)
     elif "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", [pytest.param(name, marks=DEVICES[name]) for name in devices])
+        metafunc.parametrize("device", [pytest.param(name, marks=_marks(name)) for name in devices])
+
+
+def _marks(device: str, variant: object = None) -> list[pytest.MarkDecorator]:
+    """On a GPU few workers (``--dist loadgroup``) wait for the library, which takes one a minute to build."""
+    where = (
+        [pytest.mark.xdist_group(f"libnsa {variant[0] if isinstance(variant, tuple) else None}")] if device == "cuda" else []
+    )
+    return [DEVICES[device], *where]

@@ -27,7 +27,7 @@ class Stream:
     def reference(self, seq_len: int, window: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """In fp64 and naively in the inputs' dtype, ``[HQ, DV]``. ``window``: other keys and values for the window's branch."""
         cfg, k, v = self.cfg, self.k[:seq_len], self.v[:seq_len]
-        exact = nsa.NSAContext(cfg)
+        exact = nsa.NSAContext(cfg, backend="reference")
         exact.set_gate_weights(None if self.gate is None else self.gate.double())
         exact.set_compression_weights(
             **{
@@ -51,8 +51,8 @@ class Stream:
             for x, c in zip((k, v), self.compressors)
         )
         double = [x[None].double() for x in (q[None], k_cmp, v_cmp)]
-        _, lse = nsa.compressed_attention(*double, cfg, seqlen_k=seq_len)
-        indices = nsa.select_blocks(double[0], double[1], lse, cfg, seqlen_k=seq_len)[0]
+        _, lse = nsa.compressed_attention(*double, cfg, seqlen_k=seq_len, backend="reference")
+        indices = nsa.select_blocks(double[0], double[1], lse, cfg, seqlen_k=seq_len, backend="reference")[0]
         o_cmp, _, o_slc, o_win = naive.one_sequence(cfg, q[None], k_cmp, v_cmp, k, v, k_win, v_win, indices)
         gates = q.new_full((len(q), 3), 1 / 3) if self.gate is None else (q @ self.gate.T).sigmoid()
         return sum(gates[:, i, None] * o[0] for i, o in enumerate((o_cmp, o_slc, o_win)))

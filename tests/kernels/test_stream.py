@@ -29,7 +29,8 @@ def check_blocks(name: str, got: Tensor, x: Tensor, cfg: nsa.NSAConfig, embeddin
     """``got [rows, HK, D]`` holds block ``i`` in row ``i + l/d - 1``, and NaN where there was none to write."""
     lead, count = cfg.block_length // cfg.block_stride - 1, cfg.num_compressed_blocks(len(x))
     exact = [w.double() for w in weights]
-    ref = nsa.compress_blocks(x[None].double(), cfg, None if embedding is None else embedding.double(), tuple(exact))
+    embedded = None if embedding is None else embedding.double()
+    ref = nsa.compress_blocks(x[None].double(), cfg, embedded, tuple(exact), backend="reference")
     low = naive.compress(x[None], cfg.block_length, cfg.block_stride, embedding, list(weights))
     assert_within_2x(name, got[lead : lead + count], ref[0], low[0], x.dtype)
     assert got[:lead].isnan().all()
