@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa import tuning
+from nsa import decode_tuning, tuning
+from nsa.kernels.triton.dependent import wait_for_inputs
 from nsa.kernels.triton.interval_forward import end_seen
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import LOG2E, backward_lse, direct_descriptor, dot, load_direct, wide
@@ -37,8 +38,13 @@ def importance_kernel(
     tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, blocks, length, stride, size, scale,
     G: tl.constexpr, PER: tl.constexpr, COVERS: tl.constexpr, BJ: tl.constexpr, SUB: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     hk = tl.program_id(2)
+    # Nothing here is of the launch before. But one program waits, so that this launch ends after that one: who then waits for
+    # this one has waited for both, in a captured graph too.
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (hk == 0):
+        wait_for_inputs(DEPENDENT)
     seq, tile = locate(tile0 + tl.program_id(1), tiles, tile_seq, tile_first, PACKED)
     batch, q_row, q_len, k_row, k_len, offset = span(seq, table, q_len, k_len, offset, TABLE)
     start = tile * BM
@@ -102,5 +108,6 @@ def block_importance(
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
         G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,
         D=dim, BM=tune.block_m, BD=tuning.padded_dim(dim), PACKED=spans.packed, TABLE=spans.table is not None,
-        num_warps=tune.num_warps, num_stages=tune.num_stages, **options,
+        DEPENDENT=decode_tuning.dependent_launch(tuning.arch(q.device)), num_warps=tune.num_warps,
+        num_stages=tune.num_stages, **options,
     )  # fmt: skip

@@ -187,7 +187,8 @@ def select_blocks(
     blocks = triton.cdiv(triton.cdiv(tokens, size), 16) * 16  # rows of the workspace stay aligned
     step = max(1, WORKSPACE // (tile * kv_heads * max(blocks, 1) * 4))
     # A chunk is ranked while the importance of the next is computed, in the other half: one waits for memory, and the other
-    # for the matrix unit. The ranking's own launch waits for both, so nobody writes what is still read.
+    # for the matrix unit. Importance ends after the ranking beside it, and the next ranking starts after importance: so nobody
+    # writes what is still read.
     beside = decode_tuning.dependent_launch(tuning.arch(q.device)) and tiles.count > step > 1
     if beside:
         step //= 2
