@@ -9,7 +9,6 @@ Source: FlashAttention-3, arXiv 2407.08608.
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -37,7 +36,7 @@ from nsa.kernels.hopper.pipeline import (
     pinned,
     span,
 )
-from nsa.kernels.triton.sequence import Spans
+from nsa.kernels.triton.sequence import Spans, new_shares
 
 
 @gluon.jit
@@ -260,9 +259,7 @@ def interval_dkv(
     tune = tuning.hopper_interval_dkv(window > 0)
     tiles = spans.key_tiles(GROUPS.value * ROWS.value)
     parts = tuning.head_shares(tiles.count * kv_heads, group)
-    make = torch.empty if spans.covers_keys and q.shape[1] else torch.zeros
-    dk_parts = make(parts, *k.shape, dtype=torch.float32, device=k.device)
-    dv_parts = make(parts, *v.shape, dtype=torch.float32, device=v.device)
+    dk_parts, dv_parts = (new_shares(x, parts, q, spans) for x in (k, v))
     if tiles.count and q.shape[1]:
         interval_dkv_kernel[(tiles.count * kv_heads, parts)](
             boxes(q, tune.block_m), boxes(do, tune.block_m), boxes(k, ROWS.value), boxes(v, ROWS.value),

@@ -10,14 +10,13 @@ Source: the recomputation scheme of FlashAttention-2, arXiv 2307.08691.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa import tuning
 from nsa.kernels.triton.interval_forward import end_seen, first_seen, seen_by_tile
-from nsa.kernels.triton.sequence import Spans, locate, new_gradient, span
+from nsa.kernels.triton.sequence import Spans, locate, new_gradient, new_shares, span
 from nsa.kernels.triton.tile import LOG2E, descriptor, dot, gated, load_rows, load_tile, store_tile, wide
 
 
@@ -234,9 +233,7 @@ def interval_dkv(
     tune = tuning.interval_dkv(q.shape[-1], v.shape[-1], q.dtype, window > 0, tuning.arch(q.device))
     tiles = spans.key_tiles(tune.block_n)
     parts = tuning.head_shares(tiles.count * kv_heads, group)
-    make = torch.empty if spans.covers_keys and q.shape[1] else torch.zeros
-    dk_parts = make(parts, *k.shape, dtype=torch.float32, device=k.device)
-    dv_parts = make(parts, *v.shape, dtype=torch.float32, device=v.device)
+    dk_parts, dv_parts = (new_shares(x, parts, q, spans) for x in (k, v))
     if tiles.count and q.shape[1]:
         interval_dkv_kernel[(tiles.count * kv_heads, parts)](
             q, k, v, do, shift, delta, dk_parts, dv_parts,

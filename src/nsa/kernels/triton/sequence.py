@@ -131,3 +131,9 @@ def spans(rows_q: int, rows_k: int, info: SeqInfo, length: int, stride: int) -> 
 def new_gradient(q: Tensor, spans: Spans) -> Tensor:
     """Room for the gradient of ``q``: 0 where rows may belong to no sequence, which nobody writes."""
     return torch.zeros_like(q) if spans.packed else torch.empty_like(q)
+
+
+def new_shares(x: Tensor, shares: int, q: Tensor, spans: Spans) -> Tensor:
+    """Room for shares of the gradient of ``x``, fp32 ``[shares, *x.shape]``: 0 where rows may be seen by no query of ``q``."""
+    make = torch.empty if spans.covers_keys and q.shape[1] else torch.zeros
+    return make(shares, *x.shape, dtype=torch.float32, device=x.device)
