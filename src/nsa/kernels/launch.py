@@ -1,13 +1,14 @@
-"""Which twin of a kernel runs: Hopper's where it can, else the portable one. Both compute the same."""
+"""Which twin of a kernel runs: Hopper's where it can, else the portable one. All compute the same."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from nsa import tuning
-from nsa.kernels import hopper
+from nsa.kernels import cuda, hopper
+from nsa.kernels.triton.combine import Mix, combine
 from nsa.kernels.triton.sequence import Spans
-from nsa.kernels.triton.union import UnionLists
+from nsa.kernels.triton.union import union_lists
 
 
 def _on_hopper(q: Tensor, value_dim: int) -> bool:
@@ -49,41 +50,47 @@ def interval_backward(
     return dq, dk, dv
 
 
-def _selected_on_hopper(q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, size: int) -> bool:
-    rows = lists.queries * (q.shape[2] // k.shape[2])
-    return _on_hopper(q, v.shape[-1]) and q.shape[-1] == v.shape[-1] and size == 64 and rows <= 64
+def _selected(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, spans: Spans, size: int, softmax_scale: float, mix: Mix | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The selected branch's output, its lse, and with ``mix`` the gated sum, if the kernel has it in its epilogue."""
+    dim, value_dim, group, width = q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2], indices.shape[-1]
+    arch, hopper = tuning.arch(q.device), _on_hopper(q, v.shape[-1])
+    refused = cuda.supports(q.dtype, dim, value_dim, group, size, width, k.shape[1], arch)
+    if hopper and refused is None and q.device.type == "cuda":  # where kernels are only compiled, there is no driver to ask
+        from nsa.kernels.cuda.selected_forward import program
+        from nsa.kernels.cuda.selected_forward import selected_forward as in_cuda
+
+        loaded = program(q.dtype, q.device.index)
+        if loaded is not None:
+            return in_cuda(loaded, q, k, v, indices, spans, softmax_scale, mix)
+    tile = tuning.selected_forward(dim, value_dim, q.dtype, group, size, arch)
+    lists = union_lists(indices, spans, tuning.union_queries(group, width, tile.block_m), size)
+    if hopper and dim == value_dim and size == 64 and lists.queries * group <= 64:
+        from nsa.kernels.hopper.selected_forward import selected_forward as in_gluon
+
+        return in_gluon(q, k, v, lists, spans, size, softmax_scale, mix)
+    from nsa.kernels.triton.selected_forward import selected_forward as portable
+
+    return *portable(q, k, v, lists, spans, size, softmax_scale), None
 
 
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, spans: Spans, size: int, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, spans: Spans, size: int, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As ``interval_forward``, over the union lists of the queries' blocks of ``size`` tokens."""
-    if _selected_on_hopper(q, k, v, lists, size):
-        from nsa.kernels.hopper import selected_forward as kernels
-
-        return kernels.selected_forward(q, k, v, lists, spans, size, softmax_scale)[:2]
-    from nsa.kernels.triton.selected_forward import selected_forward as forward
-
-    return forward(q, k, v, lists, spans, size, softmax_scale)
+    """As ``interval_forward``, over the blocks of ``size`` tokens in ``indices`` int32 ``[B, TQ, HK, width]``, contiguous."""
+    return _selected(q, k, v, indices, spans, size, softmax_scale, None)[:2]
 
 
 def selected_and_combined(
-    q: Tensor, k: Tensor, v: Tensor, lists: UnionLists, spans: Spans, size: int, softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, spans: Spans, size: int, softmax_scale: float,
     o_cmp: Tensor, o_win: Tensor, gates: Tensor, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated sum of the branches, the selected branch's output (with ``save``, else empty) and its lse.
 
     o_cmp, o_win contiguous ``[B, TQ, HQ, DV]``, gates contiguous ``[B, TQ, HQ, 3]``.
     """
-    if _selected_on_hopper(q, k, v, lists, size):
-        from nsa.kernels.hopper import selected_forward as kernels
-
-        mix = kernels.Mix(o_cmp, o_win, gates, save)
-        o_slc, lse, o = kernels.selected_forward(q, k, v, lists, spans, size, softmax_scale, mix)
-        assert o is not None
-        return o, o_slc, lse
-    from nsa.kernels.triton.combine import combine
-    from nsa.kernels.triton.selected_forward import selected_forward as forward
-
-    o_slc, lse = forward(q, k, v, lists, spans, size, softmax_scale)
-    return combine(o_cmp, o_slc, o_win, gates), o_slc if save else o_slc.new_empty(0), lse
+    o_slc, lse, o = _selected(q, k, v, indices, spans, size, softmax_scale, Mix(o_cmp, o_win, gates, save))
+    if o is None:
+        o, o_slc = combine(o_cmp, o_slc, o_win, gates), o_slc if save else o_slc.new_empty(0)
+    return o, o_slc, lse

@@ -144,18 +144,12 @@ def selected_op(
     cu_q: Tensor | None, cu_k: Tensor | None, lens: Tensor | None, seqlen_k: int, size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, TQ, HQ, DV]`` and lse fp32 ``[B, HQ, TQ]``."""
-    from nsa import tuning
     from nsa.kernels.launch import selected_forward
     from nsa.kernels.triton.sequence import spans
-    from nsa.kernels.triton.union import union_lists
 
     with on_device_of(q):
         where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
-        group = q.shape[2] // k.shape[2]
-        tile = tuning.selected_forward(q.shape[-1], v.shape[-1], q.dtype, group, size, tuning.arch(q.device))
-        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
-        lists = union_lists(indices.contiguous(), where, queries, size)
-        return selected_forward(kernel_rows(q), kernel_rows(k), kernel_rows(v), lists, where, size, scale)
+        return selected_forward(kernel_rows(q), kernel_rows(k), kernel_rows(v), indices.contiguous(), where, size, scale)
 
 
 @selected_op.register_fake

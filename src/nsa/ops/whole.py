@@ -35,11 +35,9 @@ def attention_op(
     """o ``[B, TQ, HQ, DV]``; the selection int32 ``[B, TQ, HK, n]``, empty where ``indices`` is given; and for the backward,
     empty without ``save``, the outputs of the branches and their lse fp32 ``[B, HQ, TQ]``, each compressed, selected, window.
     """
-    from nsa import tuning
     from nsa.kernels.launch import interval_forward, selected_and_combined
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.top_n import select_blocks
-    from nsa.kernels.triton.union import union_lists
 
     with on_device_of(q):
         info = sequence_info(q, cu_q, cu_k, lens, seqlen_k)
@@ -53,13 +51,10 @@ def attention_op(
         where = spans(q.shape[1], k_win.shape[1], info, 1, 1)
         o_win, lse_win = interval_forward(q, kernel_rows(k_win), kernel_rows(v_win), where, 1, 1, window, scale)
         where = spans(q.shape[1], k_slc.shape[1], info, 1, 1)
-        group = q.shape[2] // k_slc.shape[2]
-        tile = tuning.selected_forward(q.shape[-1], v_slc.shape[-1], q.dtype, group, size, tuning.arch(q.device))
-        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
-        lists = union_lists(indices.contiguous(), where, queries, size)
         o, o_slc, lse_slc = selected_and_combined(
-            q, kernel_rows(k_slc), kernel_rows(v_slc), lists, where, size, scale, o_cmp, o_win, gates.contiguous(), save
-        )
+            q, kernel_rows(k_slc), kernel_rows(v_slc), indices.contiguous(), where, size, scale,
+            o_cmp, o_win, gates.contiguous(), save,
+        )  # fmt: skip
     saved = (o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win) if save else [q.new_empty(0) for _ in range(2 * BRANCHES)]
     return (o, new, *saved)
 

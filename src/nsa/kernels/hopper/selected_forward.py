@@ -7,8 +7,6 @@ runs beside the other's products. The gated sum of the branches rides in the epi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -34,6 +32,7 @@ from nsa.kernels.hopper.pipeline import (
     span,
     thread_barrier,
 )
+from nsa.kernels.triton.combine import Mix
 from nsa.kernels.triton.sequence import Spans
 from nsa.kernels.triton.union import UnionLists
 
@@ -213,16 +212,6 @@ def selected_forward_kernel(
             [1],
             [24],
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Mix:
-    """The other branches' outputs and the gates, contiguous; ``save`` says whether this branch's own output is wanted too."""
-
-    o_cmp: Tensor
-    o_win: Tensor
-    gates: Tensor
-    save: bool
 
 
 def selected_forward(

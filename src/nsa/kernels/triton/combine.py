@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,17 @@ from torch import Tensor
 from nsa import tuning
 
 ROWS = 16
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What the selected branch needs for the gated sum in its epilogue: the other branches' outputs and the gates, contiguous;
+    ``save`` says whether its own output is wanted too."""
+
+    o_cmp: Tensor
+    o_win: Tensor
+    gates: Tensor
+    save: bool
 
 
 @triton.jit

@@ -1,0 +1,35 @@
+"""Kernels in CUDA C++, for what neither dialect of Triton can say: warps of a program that go ways of their own.
+
+Compiled by NVRTC at first use, each behind a twin that computes the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+HEAD_DIM, GROUP, SIZE, WIDTH = 128, 16, 64, 16  # as in selected_forward.cu
+MOST_KEYS = 1 << 23  # a list's kernel holds a bit and the half of a word for each block in 48 KiB of shared memory
+
+
+def supports(
+    dtype: torch.dtype, dim: int, value_dim: int, group: int, size: int, width: int, keys: int, arch: int
+) -> str | None:
+    """``None`` if the selected branch of a call like this has a kernel here, else the reason why not.
+
+    ``size`` of a selection block, ``width`` of the selection, ``keys`` the rows of the key tensor.
+    """
+    if arch != 90:
+        return f"it needs compute capability 9.0, got {arch / 10}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in fp16 and bf16, got {dtype}"
+    if (dim, value_dim) != (HEAD_DIM, HEAD_DIM):
+        return f"it holds head dims of {HEAD_DIM}, got {dim} and {value_dim}"
+    if group != GROUP:
+        return f"the heads of a group are the {GROUP} rows of a fragment, got {group}"
+    if size != SIZE:
+        return f"selection blocks must have {SIZE} tokens, got {size}"
+    if width > WIDTH:
+        return f"its lists hold {WIDTH} blocks a query, got {width}"
+    if keys > MOST_KEYS:
+        return f"its lists hold the blocks of {MOST_KEYS} keys, got {keys}"
+    return None

@@ -1,0 +1,98 @@
+"""The few calls of CUDA's driver that it takes to load and launch machine code, and to describe a tensor to the hardware."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nsa.kernels.cuda.nvrtc import Unavailable
+
+MAP_BYTES = 128
+MAX_DYNAMIC_SHARED = 8  # a function's attribute
+FLOAT16, BFLOAT16 = 6, 9  # element types of a map
+NO_INTERLEAVE, SWIZZLE_128, PROMOTE_256, FILL_ZEROS = 0, 3, 3, 0
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The driver's, with the types of what is called often.
+
+    Raises:
+        Unavailable: it isn't there, or too old for the hardware's descriptors.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        encode = cuda.cuTensorMapEncodeTiled
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"the driver can't be used: {error}") from error
+    number, address = ctypes.c_uint, ctypes.c_void_p
+    cuda.cuLaunchKernel.argtypes = [address, *[number] * 7, address, address, address]
+    encode.argtypes = [address, ctypes.c_int, number, *[address] * 5, *[ctypes.c_int] * 4]
+    return cuda
+
+
+def check(code: int, what: str) -> None:
+    if code:
+        name = ctypes.c_char_p()
+        library().cuGetErrorName(code, ctypes.byref(name))
+        raise RuntimeError(f"{what}: {(name.value or b'error').decode()} ({code})")
+
+
+def enter(device: int) -> None:
+    """Give this thread the context that PyTorch works in, if nothing that ran in it did so yet."""
+    cuda, context = library(), ctypes.c_void_p()
+    check(cuda.cuCtxGetCurrent(ctypes.byref(context)), "the current context")
+    if not context.value:
+        check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "the primary context")
+        check(cuda.cuCtxSetCurrent(context), "the primary context")
+
+
+class Kernel:
+    """A function of a loaded module, and how it is launched.
+
+    Attributes:
+        threads: of a block.
+    """
+
+    def __init__(self, module: ctypes.c_void_p, name: str, threads: int, shared: int) -> None:
+        self.name, self.threads, self.function = name, threads, ctypes.c_void_p()
+        check(library().cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()), name)
+        if shared > 48 << 10:
+            check(library().cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared), name)
+
+    def launch(self, grid: tuple[int, int], shared: int, arguments: Sequence[int]) -> None:
+        """On PyTorch's current stream; ``arguments`` are the addresses of the parameters, which are copied here and now."""
+        stream = torch.cuda.current_stream().cuda_stream
+        parameters = (ctypes.c_void_p * len(arguments))(*arguments)
+        check(library().cuLaunchKernel(
+            self.function, *grid, 1, self.threads, 1, 1, shared, stream, parameters, None
+        ), f"launching {self.name}")  # fmt: skip
+
+
+def load(code: bytes, device: int) -> ctypes.c_void_p:
+    """A module of machine code, in the context of ``device``, the current one."""
+    enter(device)
+    module = ctypes.c_void_p()
+    check(library().cuModuleLoadData(ctypes.byref(module), code), "loading a module")
+    return module
+
+
+def describe(to: int, x: Tensor, columns: int, rows: int) -> None:
+    """At ``to``, aligned to 64 bytes, a map of ``x [B, T, H, D]`` in boxes of ``rows`` rows of a head by ``columns``, swizzled.
+
+    What a box has outside of ``x`` is 0.
+    """
+    batch, tokens, heads, dim = x.shape
+    # The stride of an axis of length 1 is never used, and may be anything but what the hardware takes.
+    strides = [s if size > 1 else dim for size, s in zip((heads, tokens, batch), (x.stride(2), x.stride(1), x.stride(0)))]
+    four, bytes_apart = ctypes.c_uint32 * 4, (ctypes.c_uint64 * 3)(*(s * x.element_size() for s in strides))
+    code = library().cuTensorMapEncodeTiled(
+        to, FLOAT16 if x.dtype == torch.float16 else BFLOAT16, 4, x.data_ptr(),
+        (ctypes.c_uint64 * 4)(dim, heads, tokens, batch), bytes_apart, four(columns, 1, rows, 1), four(1, 1, 1, 1),
+        NO_INTERLEAVE, SWIZZLE_128, PROMOTE_256, FILL_ZEROS,
+    )  # fmt: skip
+    check(code, f"describing a tensor of shape {[*x.shape]} and strides {[*x.stride()]}")
