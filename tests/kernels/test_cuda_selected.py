@@ -1,0 +1,322 @@
+"""The selected branch in CUDA C++: how it is compiled, kept and chosen; and on a GPU its results beside the reference's and its
+twin's."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import nsa
+from nsa import ops
+from nsa.kernels import cuda, launch
+from nsa.kernels.cuda import nvrtc
+from nsa.kernels.cuda import selected_forward as kernels
+from tests import naive
+from tests.cases import Case
+from tests.kernels.draws import GPU_SHAPES, guarded_inputs
+from tests.steps import steps
+from tests.tolerance import assert_within_2x
+
+CFG = nsa.NSAConfig(head_dim=128, num_heads=32, num_kv_heads=2)
+DTYPES = [torch.bfloat16, torch.float16]
+NVCC = shutil.which("nvcc") or next(map(str, sorted(Path("/usr/local").glob("cuda-1[23]*/bin/nvcc"))), None)
+LAYOUT = """#include "{source}"
+static_assert(sizeof(Call) == {size});
+{fields}
+static_assert(SIZE == {block} && D == {dim} && G == {group} && R == {queries} && WIDTH == {width} && ITEM == {item});
+static_assert(THREADS == {threads} && R * WIDTH == {list_threads} && 1023 + BARRIERS + (2 * SLOTS + 1) * 8 <= {shared});
+"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiles_by_nvcc(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Within registers and shared memory; and what the launcher says twice is said alike."""
+    if NVCC is None:
+        pytest.skip("there is no nvcc here")
+    source = tmp_path / "layout.cu"
+    fields = [
+        f"static_assert(__builtin_offsetof(Call, {x[0]}) == {getattr(kernels.Call, x[0]).offset});"
+        for x in kernels.Call._fields_
+    ]
+    source.write_text(LAYOUT.format(
+        source=nvrtc.SOURCES / "selected_forward.cu", size=kernels.ctypes.sizeof(kernels.Call), fields="\n".join(fields),
+        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=cuda.GROUP, queries=kernels.QUERIES, width=cuda.WIDTH, item=kernels.ITEM,
+        threads=kernels.THREADS, list_threads=kernels.LIST_THREADS, shared=kernels.SHARED,
+    ))  # fmt: skip
+    command = [NVCC, "-cubin", "-o", str(tmp_path / "layout.cubin"), "--ptxas-options=-v", *kernels.options(dtype), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "setmaxnreg" not in said, said  # ptxas says so where it ignores it
+    assert max(int(x) for x in re.findall(r"Used (\d+) registers", said)) <= 168
+    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= 32
+    assert kernels.SHARED <= 232448
+    assert max(map(int, re.findall(r"(\d+) bytes smem", said))) + 2 * cuda.MOST_KEYS // cuda.SIZE // 32 * 4 <= 48 << 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiles_by_nvrtc(dtype: torch.dtype) -> None:
+    try:
+        nvrtc.library()
+    except nvrtc.Unavailable as reason:
+        pytest.skip(str(reason))
+    assert nvrtc._compile("selected_forward.cu", nvrtc.sources(), kernels.options(dtype)).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float16, "width": 3}, None),
+        ({"arch": 100}, "compute capability"),
+        ({"dtype": torch.float32}, "fp16 and bf16"),
+        ({"value_dim": 64}, "head dims of 128"),
+        ({"group": 8}, "rows of a fragment"),
+        ({"size": 32}, "64 tokens"),
+        ({"width": 17}, "16 blocks"),
+        ({"keys": cuda.MOST_KEYS + 1}, "blocks of"),
+    ],
+)
+def test_what_it_takes(changed: dict[str, Any], reason: str | None) -> None:
+    call = {
+        "dtype": torch.bfloat16,
+        "dim": 128,
+        "value_dim": 128,
+        "group": 16,
+        "size": 64,
+        "width": 16,
+        "keys": 65536,
+        "arch": 90,
+    }
+    said = cuda.supports(**{**call, **changed})
+    assert said is None if reason is None else reason in (said or "")
+
+
+def test_the_random_draws_reach_it() -> None:
+    taken = [cuda.supports(getattr(torch, x.dtype), x.dim, x.value_dim, x.group, x.size, x.n, 500, 90) for x in GPU_SHAPES]
+    assert None in taken[:6]  # of which every layout of lengths is drawn
+
+
+def test_a_key_for_everything() -> None:
+    one = ({"a.cu": b"x", "b.cuh": b"y"}, ("-o",), (13, 0))
+    others = [
+        ({"a.cu": b"x", "b.cuh": b"z"}, ("-o",), (13, 0)),
+        ({"a.cu": b"xb.cuh", "": b"y"}, ("-o",), (13, 0)),
+        ({"a.cu": b"x", "b.cuh": b"y"}, ("-o", "-p"), (13, 0)),
+        ({"a.cu": b"x", "b.cuh": b"y"}, ("-o",), (13, 1)),
+    ]
+    assert nvrtc.key(*one) == nvrtc.key(dict(reversed(one[0].items())), *one[1:])
+    assert len({nvrtc.key(*x) for x in (one, *others)}) == 5
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The options of what was compiled, by a compiler that isn't there."""
+    asked: list[tuple[str, ...]] = []
+
+    def compile(name: str, texts: dict[str, bytes], options: tuple[str, ...]) -> bytes:
+        asked.append(options)
+        return " ".join((name, *options)).encode()
+
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "_compile", compile)
+    return asked
+
+
+def test_compiles_once(compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new"))
+    for _ in range(2):
+        assert nvrtc.cubin("selected_forward.cu", ("-a",)) == b"selected_forward.cu -a"
+        assert nvrtc.cubin("selected_forward.cu", ("-b",)) == b"selected_forward.cu -b"
+    assert compiled == [("-a",), ("-b",)]
+    assert sorted(x.suffix for x in (tmp_path / "new" / "nsa").iterdir()) == [".cubin"] * 2
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 1))
+    nvrtc.cubin("selected_forward.cu", ("-a",))
+    assert len(compiled) == 3
+
+
+def test_does_without_a_cache(compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    assert nvrtc.cubin("selected_forward.cu", ()) == b"selected_forward.cu"
+
+
+@pytest.mark.parametrize("fails", ["library", "version"])
+def test_says_why_its_twin_runs(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, fails, mock.Mock(side_effect=nvrtc.Unavailable("the reason")))
+    with pytest.warns(RuntimeWarning, match="slower kernel: the reason"):
+        assert kernels.program.__wrapped__(torch.bfloat16, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "group", "loads", "runs"),
+    [("cuda", 16, True, "cuda"), ("cuda", 16, False, "gluon"), ("cuda", 8, True, "gluon"), ("cpu", 16, True, "gluon")],
+)
+def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa.kernels.hopper import selected_forward as gluon
+
+    fake = lambda heads: SimpleNamespace(shape=(1, 99, heads, 128), dtype=torch.bfloat16, device=torch.device(place, 0))
+    monkeypatch.setattr(launch.tuning, "arch", lambda _: 90)
+    monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
+    monkeypatch.setattr(launch, "union_lists", lambda *_: SimpleNamespace(queries=4))
+    monkeypatch.setattr(kernels, "program", lambda *_: object() if loads else None)
+    monkeypatch.setattr(kernels, "selected_forward", lambda *_: ("cuda", None, None))
+    monkeypatch.setattr(gluon, "selected_forward", lambda *_: ("gluon", None, None))
+    indices = torch.zeros(1, 99, 2, 16, dtype=torch.int32)
+    assert launch.selected_forward(fake(2 * group), fake(2), fake(2), indices, None, 64, 0.1)[0] == runs
+
+
+# On a GPU.
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
+    """One entry for each call that this kernel took; a call that fell back is an error."""
+    taken: list[None] = []
+    forward = kernels.selected_forward
+
+    def counted(*args: Any) -> Any:
+        taken.append(None)
+        return forward(*args)
+
+    monkeypatch.setattr(kernels, "selected_forward", counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield taken
+
+
+def twin(call: Callable[[], Any]) -> Any:
+    with mock.patch.object(cuda, "supports", return_value="switched off"):
+        return call()
+
+
+def odd_sets(case: Case, width: int, empty: bool = False) -> Tensor:
+    """Any order, duplicates, negatives, the future, and what overflows when multiplied."""
+    rng = torch.Generator().manual_seed(case.seed)
+    shape = (*case.shape(case.lens_q, case.extra_q), CFG.num_kv_heads, width)
+    if empty:
+        return torch.full(shape, -1, dtype=torch.int32, device="cuda")
+    indices = torch.randint(-2, max(case.lens_k) // 64 + 3, shape, generator=rng, dtype=torch.int32)
+    wild = torch.rand(shape, generator=rng)
+    return indices.masked_fill(wild < 0.05, 2**31 - 1).masked_fill(wild > 0.95, -(2**31)).cuda()
+
+
+CASES = {
+    "one query": Case(0, "plain", CFG, (1,), (1,)),
+    "less than a tile": Case(1, "plain", CFG, (7,), (7,)),
+    "half a tile over": Case(2, "plain", CFG, (203,), (203,), extra_cmp=2),
+    "a batch": Case(3, "plain", CFG, (161, 161), (161, 161)),
+    "whole tiles and blocks": Case(4, "plain", CFG, (256, 256), (256, 256)),
+    "a chunk": Case(5, "offset", CFG, (37, 37), (300, 300)),
+    "rows past an int": Case(6, "rows past an int", CFG, (101,), (170,), extra_k=11),
+    "rows past a tensor": Case(7, "rows past a tensor", CFG, (40, 40), (77, 230), extra_k=9),
+    "packed": Case(8, "packed", CFG, (1, 15, 16, 17, 100), (1, 15, 16, 17, 100), extra_q=3, extra_k=20),
+    "packed, some empty": Case(9, "packed", CFG, (0, 64, 0, 65, 129, 0), (0, 64, 0, 65, 129, 0)),
+    "packed chunks": Case(10, "packed offset", CFG, (0, 5, 16, 33, 64), (17, 100, 16, 200, 65), extra_q=1, extra_k=5),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 5, 0], ids=["16 blocks", "5 blocks", "none"])
+@pytest.mark.parametrize("name", CASES)
+def test_beside_reference_and_twin(name: str, width: int, dtype: torch.dtype, calls: list[None]) -> None:
+    """Alone and with the gated sum, over inputs that lie strided among NaN."""
+    case = CASES[name]
+    low = guarded_inputs(case, dtype, "cuda")
+    exact, plain = low.to(torch.float64), low.to(dtype)
+    indices = odd_sets(case, width or 16, not width)
+    got, ref, base = steps(case, low, indices, "triton"), steps(case, exact, indices), naive.nsa_steps(case, plain, indices)
+    assert len(calls) == 2
+    assert_within_2x(f"o_slc of {case}", got.o_slc, ref.o_slc, base.o_slc, dtype)
+    assert_within_2x(f"o of {case}", got.o, ref.o, base.o, dtype)
+    told = case.lengths("cuda")
+    with torch.no_grad():  # the gated sum alone, which must be the same to the bit
+        assert torch.equal(got.o, nsa.nsa_attention(*low.tensors(), CFG, block_indices=indices, **told, backend="triton"))
+        assert len(calls) == 3
+        alone = lambda: with_lse(case, low.q, low.k_slc, low.v_slc, indices)
+        (o, lse), (other, other_lse) = alone(), twin(alone)
+    assert len(calls) == 4
+    assert torch.equal(o, got.o_slc)
+    torch.testing.assert_close(lse, other_lse, rtol=1e-4, atol=1e-4)
+    assert (o.double() - other.double()).norm() <= 1e-2 * other.double().norm()
+
+
+def with_lse(case: Case, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    told = case.lengths("cuda")
+    cu_q, said = told.get("cu_seqlens"), told.get("seqlen_k", 0 if case.packed else k.shape[1])
+    lens, number = (said, 0) if isinstance(said, Tensor) else (None, said)
+    return ops.selected_op(q, k, v, indices, cu_q, told.get("cu_seqlens_k", cu_q), lens, number, 64, CFG.softmax_scale)
+
+
+def big(tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """More tiles than multiprocessors, neighbours that share half of their blocks, and scores whose maximum grows by leaps."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    make = lambda heads: torch.randn(1, tokens, heads, 128, generator=rng, device="cuda")
+    q, k, v = make(64) * 3, make(4), make(4)
+    own = torch.arange(tokens, device="cuda")[None, :, None, None] // 64
+    share = torch.rand(1, tokens, 4, 16, generator=rng, device="cuda")
+    share = torch.where(
+        torch.rand(share.shape, generator=rng, device="cuda") < 0.5, share[:, torch.arange(tokens) // 9 * 9], share
+    )
+    indices = (share * (own + 1)).int()
+    indices[..., 0], indices[..., 1] = 0, own[..., 0]
+    return q.to(dtype), k.to(dtype), v.to(dtype), indices
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "dtype"), [*itertools.product([1003, 8191], DTYPES), (40000, torch.bfloat16)])
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, calls: list[None]) -> None:
+    q, k, v, indices = big(tokens, dtype)
+    call = lambda: ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
+    o, lse = call()
+    other, other_lse = twin(call)
+    torch.testing.assert_close(lse, other_lse, rtol=1e-4, atol=1e-3)
+    worst = (o.double() - other.double()).norm(dim=-1) / other.double().norm(dim=-1)
+    assert worst.max() <= 3e-2, f"row {worst.argmax()} differs by {worst.max()}"
+    for _ in range(10):
+        again = call()
+        assert torch.equal(again[0], o)
+        assert torch.equal(again[1], lse)
+    assert len(calls) == 11
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph(calls: list[None]) -> None:
+    q, k, v, indices = big(1003, torch.bfloat16)
+    call = lambda: ops.selected_op(q, k, v, indices, None, None, None, 1003, 64, 128**-0.5)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, lse = call()
+    for x in (q, k, v):
+        x.copy_(torch.randn_like(x))
+    indices.copy_(indices.roll(1, 2))
+    graph.replay()
+    again = call()
+    assert torch.equal(o, again[0])
+    assert torch.equal(lse, again[1])
+
+
+@pytest.mark.gpu
+def test_wrong_lengths_stay_inside(calls: list[None]) -> None:
+    q, k, v, indices = big(300, torch.bfloat16)
+    for ends in ([0, 5000, -7, 10**6], [300, 0], [0, 0]):
+        wild = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        ops.selected_op(q, k, v, indices, wild, wild, None, 0, 64, 0.1)
+    for length in (10**6, 3, 0, -5):
+        ops.selected_op(q, k, v, indices, None, None, torch.tensor([length], dtype=torch.int32, device="cuda"), 0, 64, 0.1)
+    torch.cuda.synchronize()
+    assert len(calls) == 7
