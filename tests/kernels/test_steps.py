@@ -214,6 +214,33 @@ def test_importance_in_many_chunks(device: str, layout: str, monkeypatch: pytest
             assert torch.equal(nsa.select_blocks(q, k, lse, cfg, **told, backend="triton"), want)
 
 
+@pytest.mark.gpu
+def test_importance_in_many_chunks_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of a graph wait only for what they are told to wait for: replayed back to back, over inputs that change between."""
+    from nsa.kernels.triton import top_n
+
+    tokens, cfg = 6000, nsa.NSAConfig(head_dim=64, num_heads=16, num_kv_heads=1)
+    rows = tuning.importance(64, torch.bfloat16, tuning.arch(torch.device("cuda"))).block_m
+    monkeypatch.setattr(top_n, "WORKSPACE", 6 * rows * 4 * 96)  # of 6 tiles, and so 3 at a time
+    draws = torch.Generator("cuda").manual_seed(0)
+    make = lambda rows, heads: torch.randn(4, 1, rows, heads, 64, generator=draws, device="cuda", dtype=torch.bfloat16)
+    qs, ks = make(tokens, 16), make(cfg.num_compressed_blocks(tokens), 1)
+    call = lambda q, k: nsa.select_blocks(q, k, nsa.compressed_attention(q, k, k, cfg)[1], cfg)
+    want = [call(q, k) for q, k in zip(qs, ks)]
+    q, k = qs[0].clone(), ks[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chosen = call(q, k)
+    got = []
+    for i in range(40):
+        q.copy_(qs[i % 4])
+        k.copy_(ks[i % 4])
+        graph.replay()
+        got.append(chosen.clone())
+    for i, each in enumerate(got):
+        assert torch.equal(each, want[i % 4]), f"replay {i}"
+
+
 @pytest.mark.parametrize(("group", "size"), [(3, 20), (18, 18), (17, 32)])
 def test_where_shared_memory_is_scarce(device: str, group: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no more than the smallest tile takes, selection blocks go in pieces of 16 keys, and groups in shares of 16 heads."""

@@ -33,8 +33,9 @@ __device__ __forceinline__ bool barrier_try(u32 b, u32 parity) {
                : "=r"(over) : "r"(b), "r"(parity) : "memory");
   return over;
 }
+// For a whole warp, whose lanes go on together: the compiler takes that for granted, and makes nothing of a __syncwarp() behind it.
 __device__ __forceinline__ void barrier_wait(u32 b, u32 parity) {
-  while (!barrier_try(b, parity)) {
+  while (__any_sync(~0u, !barrier_try(b, parity))) {
   }
 }
 

@@ -51,6 +51,7 @@ struct Call {
   const void* gates;      // [B, rows, HQ, 3]
   int wide_gates;         // fp32, else of q's type
   float scale;            // with log2(e)
+  u32 zero;               // 0, which the compiler must not know
 };
 
 // ---- lists
@@ -263,24 +264,25 @@ __device__ __forceinline__ void blank_past(u32 tile, int end, int lane) {
 
 struct Ring {
   u32 slots, full, empty, issued;  // shared addresses
+  u32 zero;                        // 0, unknown to the compiler
   u32 seen;                        // what was last read of `issued`, the number of loads that the loading warp has begun
 
   // Wait for load `j`. A warp leaves out loads, so its slot's barrier may be a phase behind, which a parity can't tell from one
   // ahead. But once `j` has begun, all earlier loads into the slot have come and been left.
   __device__ __forceinline__ u32 wait(u32 j) {
     while (seen <= j) {
-      seen = load_volatile(issued);
+      seen = __shfl_sync(~0u, load_volatile(issued), 0);
       if (seen > j) break;
       barrier_try(full + seen % SLOTS * 8, seen / SLOTS & 1);  // sleeps till about the next load's arrival; no matter the answer
     }
     const u32 slot = j % SLOTS;
     barrier_wait(full + slot * 8, j / SLOTS & 1);
-    __syncwarp();  // the lanes left the loops one by one, and read the tile together
     return slot;
   }
-  __device__ __forceinline__ void leave(u32 slot, int lane) {
+  // `after`: bits of all that was made of the slot's tile. Without them the compiler arrives while the last reads are on their way.
+  __device__ __forceinline__ void leave(u32 slot, u32 after, int lane) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty + slot * 8, 1);
+    if (lane == 0) barrier_arrive(empty + slot * 8 + (after & zero), 1);
   }
 };
 
@@ -292,7 +294,10 @@ __device__ __forceinline__ void attend(Ring& ring, u32 load, int last, int end, 
   float s[N][8][4];
   u32 slot = ring.wait(load);
   scores<N>(s, q_at, ring.slots + slot * TILE_BYTES + straight);
-  ring.leave(slot, lane);
+  u32 after = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) after |= __float_as_uint(s[N - 1][i][0]);
+  ring.leave(slot, after, lane);
   if (last < SIZE - 1) {
 #pragma unroll
     for (int n = 0; n < N; n++) hide_future(s[n], last + n, lane);
@@ -303,7 +308,10 @@ __device__ __forceinline__ void attend(Ring& ring, u32 load, int last, int end, 
   slot = ring.wait(load + 1);
   if (end < SIZE) blank_past(ring.slots + slot * TILE_BYTES, end, lane);
   add_values<N>(p, x, y, ring.slots + slot * TILE_BYTES + turned);
-  ring.leave(slot, lane);
+  after = 0;
+#pragma unroll
+  for (int i = 0; i < D / 8; i++) after |= __float_as_uint((N == 2 ? y : x).acc[i][0]);
+  ring.leave(slot, after, lane);
 }
 
 // 4 x 4 words among 4 lanes: out[i] of lane j = in[j] of lane i.
@@ -488,6 +496,7 @@ selected_forward(const __grid_constant__ TensorMap k_map, const __grid_constant_
   ring.full = ring.slots + BARRIERS;
   ring.empty = ring.full + SLOTS * 8;
   ring.issued = ring.empty + SLOTS * 8;
+  ring.zero = c.zero;
   ring.seen = 0;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {

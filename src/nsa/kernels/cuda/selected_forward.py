@@ -40,6 +40,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("o", "lse", "mixed", "o_cmp", "o_win", "gates")),
         ("wide_gates", ctypes.c_int),
         ("scale", ctypes.c_float),
+        ("zero", ctypes.c_uint),
     )  # fmt: skip
 
 
