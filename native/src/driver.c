@@ -27,10 +27,12 @@ static const char *why_not(void) {
 typedef struct Symbol {
     const char *name;
     size_t offset;
+    int needed;
 } Symbol;
 
-#define NSA_SYMBOL(field, symbol, parameters) {symbol, offsetof(NSADriver, field)},
-static const Symbol symbols[] = {NSA_DRIVER_FUNCTIONS(NSA_SYMBOL)};
+#define NSA_NEEDED(field, symbol, parameters) {symbol, offsetof(NSADriver, field), 1},
+#define NSA_OPTIONAL(field, symbol, parameters) {symbol, offsetof(NSADriver, field), 0},
+static const Symbol symbols[] = {NSA_DRIVER_FUNCTIONS(NSA_NEEDED) NSA_DRIVER_OPTIONAL(NSA_OPTIONAL)};
 
 int nsa_driver_open(NSADriver *driver, char *message) {
     const char *asked = getenv("NSA_CUDA_DRIVER"), *name = asked && *asked ? asked : DRIVER;
@@ -40,7 +42,7 @@ int nsa_driver_open(NSADriver *driver, char *message) {
         return nsa_fail(message, NSA_ERROR_NO_DEVICE, "no NVIDIA driver on this machine: %s", why_not());
     for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
         void *found = find_symbol(driver->library, symbols[i].name);
-        if (!found) {
+        if (!found && symbols[i].needed) {
             nsa_driver_close(driver);
             return nsa_fail(message, NSA_ERROR_NO_DEVICE, "the NVIDIA driver %s is too old: it has no %s", name, symbols[i].name);
         }

@@ -14,12 +14,35 @@ typedef struct CUctx_st *CUcontext;
 typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 
+typedef struct CUlaunchAttribute {
+    int id; /* an enum there */
+    char pad[4];
+    union {
+        char bytes[64];
+        int programmatic_stream_serialization;
+    } value;
+} CUlaunchAttribute;
+
+typedef struct CUlaunchConfig {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
+    nsa_stream_t stream;
+    CUlaunchAttribute *attributes;
+    unsigned num_attributes;
+} CUlaunchConfig;
+
+/* As in cuda.h of CUDA 12 and 13. */
+_Static_assert(sizeof(CUlaunchAttribute) == 72 && offsetof(CUlaunchAttribute, value) == 8, "CUlaunchAttribute");
+_Static_assert(sizeof(void *) != 8 || (sizeof(CUlaunchConfig) == 56 && offsetof(CUlaunchConfig, stream) == 32 &&
+                                       offsetof(CUlaunchConfig, num_attributes) == 48),
+               "CUlaunchConfig");
+
 /* Numbers of cuda.h, which never change their meaning. */
 enum {
     CUDA_SUCCESS = 0,
     CUDA_ERROR_OUT_OF_MEMORY = 2,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 };
 
@@ -47,10 +70,16 @@ enum {
       (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,             \
        unsigned block_z, unsigned shared, nsa_stream_t stream, void **parameters, void **extra))
 
+/* Of CUDA 11.8 and newer; NULL where the driver has it not. */
+#define NSA_DRIVER_OPTIONAL(X)                                                                                                 \
+    X(launch_extended, "cuLaunchKernelEx",                                                                                     \
+      (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra))
+
 #define NSA_DRIVER_FIELD(field, symbol, parameters) CUresult(*field) parameters;
 typedef struct NSADriver {
     void *library;
     NSA_DRIVER_FUNCTIONS(NSA_DRIVER_FIELD)
+    NSA_DRIVER_OPTIONAL(NSA_DRIVER_FIELD)
 } NSADriver;
 #undef NSA_DRIVER_FIELD
 

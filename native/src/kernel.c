@@ -88,7 +88,15 @@ int nsa_launch(const NSADriver *driver, const NSALoaded *loaded, const NSAValue 
         pointers[i] = &arguments[i];
     }
     pointers[count] = pointers[count + 1] = &scratch;
-    const CUresult result = driver->launch(loaded->function, grid[0], grid[1], grid[2], 32u * (unsigned)kernel->num_warps, 1, 1,
-                                           (unsigned)kernel->shared, stream, pointers, NULL);
+    const unsigned threads = 32u * (unsigned)kernel->num_warps, shared = (unsigned)kernel->shared;
+    CUresult result;
+    if (kernel->dependent && driver->launch_extended) {
+        CUlaunchAttribute early = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                   .value = {.programmatic_stream_serialization = 1}};
+        const CUlaunchConfig config = {grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, &early, 1};
+        result = driver->launch_extended(&config, loaded->function, pointers, NULL);
+    } else {
+        result = driver->launch(loaded->function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, pointers, NULL);
+    }
     return nsa_driver_check(driver, result, kernel->symbol, message);
 }

@@ -8,8 +8,8 @@
 #include "values.h"
 
 #define NSA_ROLES(X)                                                                                                           \
-    X(stream_inputs) X(stream_means) X(stream_weighted) X(stream_window) X(decode_compressed) X(decode_choose)                 \
-    X(decode_choose_again) X(decode_tokens) X(decode_merge)
+    X(stream_begin) X(stream_weighted) X(stream_window) X(decode_compressed) X(decode_choose) X(decode_choose_again)           \
+    X(decode_tokens) X(decode_merge)
 
 #define NSA_ROLE_NAME(name) NSA_ROLE_##name,
 typedef enum NSARole { NSA_ROLES(NSA_ROLE_NAME) NSA_NUM_ROLES } NSARole;
@@ -47,6 +47,7 @@ typedef struct NSAKernel {
     int num_warps;
     int shared; /* bytes of dynamic shared memory */
     uint32_t offset, size; /* of the cubin in nsa_cubins */
+    int dependent;         /* whether it waits for the launch before it, and so may start early; only from 9.0 on */
     const NSAParameter *parameters;
     int num_parameters;
     NSAConstant constants[NSA_MAX_CONSTANTS]; /* up to the first without a name; those with rules first, as they count */
@@ -79,7 +80,8 @@ typedef struct NSALoaded {
     CUfunction function;
 } NSALoaded;
 
-/* In the current CUDA context. */
+/* In the current CUDA context. A dependent kernel may start before the one before it on the stream has ended: step.c says why that
+ * is right. Where the driver cannot do so it follows like any other, and its wait returns at once. */
 int nsa_load(const NSADriver *driver, const NSAKernel *kernel, NSALoaded *loaded, char *message);
 int nsa_launch(const NSADriver *driver, const NSALoaded *loaded, const NSAValue *values, const unsigned grid[3],
                nsa_stream_t stream, char *message);

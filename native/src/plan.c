@@ -71,15 +71,13 @@ static void set_numbers(Planner *p) {
 /* The kernels of a stream: compressors of keys and values, linear and MLP, are picked by a dim of their own. */
 static int plan_stream(Planner *p) {
     const NSAConfig *c = p->config;
-    int error = pick(p, NSA_SLOT_INPUTS, NSA_ROLE_stream_inputs, NULL);
-    error = error ? error : pick(p, NSA_SLOT_MEANS, NSA_ROLE_stream_means, NULL);
+    int error = pick(p, NSA_SLOT_BEGIN, NSA_ROLE_stream_begin, NULL);
     error = error ? error : pick(p, NSA_SLOT_WINDOW, NSA_ROLE_stream_window, NULL);
     for (int i = 0; i < 4 && !error; i++) {
         set(p, NSA_VALUE_compressed_dim, i % 2 ? c->value_dim : c->head_dim);
         set(p, NSA_VALUE_mlp, i / 2);
         error = pick(p, (NSASlot)(NSA_SLOT_LINEAR_KEYS + i), NSA_ROLE_stream_weighted, NULL);
     }
-    set_grid(p, NSA_SLOT_INPUTS, c->num_heads, 1, 1);
     return error;
 }
 

@@ -10,8 +10,7 @@
 #define NSA_MAX_AGAIN 8 /* launches that choose among chosen blocks; each leaves an eighth or less */
 
 typedef enum NSASlot {
-    NSA_SLOT_INPUTS,
-    NSA_SLOT_MEANS,
+    NSA_SLOT_BEGIN,
     NSA_SLOT_LINEAR_KEYS,
     NSA_SLOT_LINEAR_VALUES,
     NSA_SLOT_MLP_KEYS,

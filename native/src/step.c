@@ -1,4 +1,26 @@
-/* A decode step: inputs, compression, the three branches, their sum. */
+/* A decode step: length, gates and compression, the three branches, their sum.
+ *
+ * From compute capability 9.0 on a kernel may start while the one before it still runs, and the kernels themselves wait. These
+ * are the kernels of nsa_update_window and of a step, and what each does first:
+ *
+ *     window, begin, weighted   let the next start, and wait
+ *     compressed, choose        wait, and let the next start
+ *     choose_again              lets the next start, and waits
+ *     tokens                    lets the next start; programs of selected blocks wait, those of the window do not
+ *     merge                     waits, and lets the next start by ending
+ *
+ * Waiting is until the launch before has ended and its writes can be read. That launch had waited for the one before it, so when a
+ * wait returns, all launches before have ended: every read comes after the writes that it needs, and every write after the reads
+ * of what it replaces, those of steps before and of the caller's kernels among them. That holds for the first kernel of a call
+ * too, whatever ran before it on the stream, as long as what ran there waited likewise; and a launch that follows a call, early or
+ * not, is behind its last kernel, which waited. Tokens ends when all its programs have, so those that do not wait break no chain.
+ *
+ * These, the window's programs of tokens, start once every program of the launch before has let them. Behind choose that is after
+ * all of its programs have waited for compressed; behind choose_again, which started after that, it is later still. So begin,
+ * window, and all that was launched before compressed have ended, which is all that these programs read: the query, the length,
+ * the window's buffer or the caller's keys. They write parts of part_o and part_lse of their own, which the merge of the step
+ * before has read, and which choose, that may run beside them, does not: it reads the parts of compressed. What they must not do
+ * is read the selection, or write anything that compressed, choose or choose_again touches. */
 #include <string.h>
 
 #include "config.h"
@@ -36,21 +58,19 @@ static int compress_weighted(Step *step, int which) {
     return launch(step, slot, grid);
 }
 
-/* Blocks that end within seq_len and that an incremental context has not yet. */
-static int compress(Step *step, int seq_len) {
+/* The length and the gates, and the blocks that end within seq_len and that an incremental context has not yet. */
+static int begin(Step *step, int seq_len) {
     const NSAState *state = step->state;
-    const int first = state->config.incremental ? nsa_num_compressed_blocks(&state->config, state->compressed_len) : 0;
+    NSAValue *values = step->values;
+    const int start = state->config.incremental ? nsa_num_compressed_blocks(&state->config, state->compressed_len) : 0;
     const int stop = nsa_num_compressed_blocks(&state->config, seq_len);
-    const unsigned grid[3] = {(unsigned)(stop - first), (unsigned)state->config.num_kv_heads, 1};
-    int error = NSA_OK;
-    step->values[NSA_VALUE_first].number = first;
-    step->values[NSA_VALUE_stop].number = stop;
-    if (stop == first)
-        return NSA_OK;
     /* The means of keys and values are one launch; where only one of them is wanted, the other's are overwritten. */
-    if (!state->compression[0].w1 || !state->compression[1].w1)
-        error = launch(step, NSA_SLOT_MEANS, grid);
-    for (int which = 0; which < 2 && !error; which++)
+    const int means = state->compression[0].w1 && state->compression[1].w1 ? 0 : stop - start;
+    const unsigned grid[3] = {(unsigned)(means + values[NSA_VALUE_group].number), (unsigned)state->config.num_kv_heads, 1};
+    values[NSA_VALUE_first].number = start;
+    values[NSA_VALUE_stop].number = stop;
+    int error = launch(step, NSA_SLOT_BEGIN, grid);
+    for (int which = 0; which < 2 && stop > start && !error; which++)
         if (state->compression[which].w1)
             error = compress_weighted(step, which);
     return error;
@@ -93,8 +113,7 @@ static void place_window(Step *step, int seq_len) {
 }
 
 static int run(Step *step, int seq_len, void *output) {
-    int error = launch(step, NSA_SLOT_INPUTS, NULL);
-    error = error ? error : compress(step, seq_len);
+    int error = begin(step, seq_len);
     error = error ? error : launch(step, NSA_SLOT_COMPRESSED, NULL);
     error = error ? error : choose(step);
     place_window(step, seq_len);

@@ -19,6 +19,8 @@ static void *fake_library(void) {
     return library;
 }
 
+static inline int fake_has(const char *name) { return dlsym(fake_library(), name) != NULL; }
+
 static inline void *fake_symbol(const char *name) {
     void *found = dlsym(fake_library(), name);
     if (!found)

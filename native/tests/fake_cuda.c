@@ -229,17 +229,58 @@ int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
     return leave(OK);
 }
 
-int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y, unsigned block_z,
-                   unsigned shared, void *stream, void **parameters, void **extra) {
-    ENTER;
-    NEEDS_CONTEXT;
-    const Module *module = function;
-    if (!x || !y || !z || y > 65535 || z > 65535 || block_y != 1 || block_z != 1 || extra)
+static int launch(const Module *module, FakeLaunch launch, void **parameters) {
+    const unsigned *grid = launch.grid;
+    if (!grid[0] || !grid[1] || !grid[2] || grid[1] > 65535 || grid[2] > 65535)
         return leave(INVALID_VALUE);
-    const FakeLaunch launch = {module->symbol, module->image, {x, y, z}, block_x, shared, stream, stack[depth - 1]};
+    launch.symbol = module->symbol;
+    launch.image = module->image;
+    launch.context = stack[depth - 1];
     if (fake.num_launches < FAKE_MAX_LAUNCHES)
         fake.launches[fake.num_launches++] = launch;
     if (fake.on_launch)
         fake.on_launch(&launch, parameters);
     return leave(OK);
 }
+
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y, unsigned block_z,
+                   unsigned shared, void *stream, void **parameters, void **extra) {
+    ENTER;
+    NEEDS_CONTEXT;
+    if (block_y != 1 || block_z != 1 || extra)
+        return leave(INVALID_VALUE);
+    return launch(function, (FakeLaunch){.grid = {x, y, z}, .threads = block_x, .shared = shared, .stream = stream}, parameters);
+}
+
+/* A driver of before CUDA 11.8 has none of this. */
+#ifndef FAKE_OLD
+typedef struct Attribute {
+    int id, pad;
+    unsigned char value[64];
+} Attribute;
+
+typedef struct Config {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    const Attribute *attributes;
+    unsigned count;
+} Config;
+
+int cuLaunchKernelEx(const void *given, void *function, void **parameters, void **extra) {
+    ENTER;
+    NEEDS_CONTEXT;
+    const Config *config = given;
+    FakeLaunch made = {.threads = config->block[0], .shared = config->shared, .stream = config->stream};
+    if (config->block[1] != 1 || config->block[2] != 1 || extra)
+        return leave(INVALID_VALUE);
+    for (unsigned i = 0; i < config->count; i++) {
+        int value;
+        memcpy(&value, config->attributes[i].value, sizeof value);
+        if (config->attributes[i].id != 6 || value != 1 || fake.arch < 90)
+            return leave(INVALID_VALUE);
+        made.dependent = 1;
+    }
+    memcpy(made.grid, config->grid, sizeof made.grid);
+    return launch(function, made, parameters);
+}
+#endif

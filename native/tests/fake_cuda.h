@@ -11,6 +11,7 @@ typedef struct FakeLaunch {
     const void *image; /* of the module that has it */
     unsigned grid[3], threads, shared;
     void *stream, *context;
+    int dependent; /* whether it may start before the launch before it has ended */
 } FakeLaunch;
 
 typedef struct Fake {

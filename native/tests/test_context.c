@@ -106,7 +106,7 @@ static void test_failing_launches(void) {
     CHECK_EQUAL(nsa_init(&ctx, &config), NSA_OK);
     int after = 0;
     for (int done = 0; !done; after++) {
-        fake->failing = "cuLaunchKernel", fake->failing_after = after, fake->failing_with = 719;
+        fake->failing = "cuLaunchKernelEx", fake->failing_after = after, fake->failing_with = 719;
         const int error = nsa_compute_attention(&ctx, memory, memory, memory, 900, memory, NULL);
         done = fake->failing != NULL;
         fake->failing = NULL;

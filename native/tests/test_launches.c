@@ -7,10 +7,11 @@
 #include "kernel.h"
 #include "nsa/nsa.h"
 
-enum { SEQ_LEN = 1000, WINDOW = 96, MOST = 64 };
+enum { SEQ_LEN = 1000, WINDOW = 96, HEADS = 8, MOST = 64 }; /* of one KV head */
 
 static alignas(64) char query[64], keys[64], values[64], output[64], weights[64];
 static Fake *fake;
+static int may_depend; /* whether the driver can launch what starts early */
 
 /* The arguments of the launches since the last clear, by name. */
 static struct {
@@ -26,6 +27,9 @@ static void on_launch(const FakeLaunch *launch, void **parameters) {
     seen[num_seen].kernel = kernel;
     CHECK_EQUAL(launch->threads, 32 * kernel->num_warps);
     CHECK_EQUAL(launch->shared, kernel->shared);
+    CHECK_EQUAL(kernel->dependent, kernel->arch >= 90);
+    CHECK_EQUAL(kernel->dependent, nsa_constant(kernel, "DEPENDENT"));
+    CHECK_EQUAL(launch->dependent, kernel->dependent && may_depend);
     for (int i = 0; i < kernel->num_parameters; i++) {
         const size_t bytes = kernel->parameters[i].passed == NSA_PASSED_POINTER ? 8 : 4;
         memcpy(&seen[num_seen].values[kernel->parameters[i].value], parameters[i], bytes);
@@ -45,7 +49,7 @@ static void clear(void) {
 }
 
 static NSAConfig small(void) {
-    NSAConfig config = nsa_create_default_config(64, 8);
+    NSAConfig config = nsa_create_default_config(64, HEADS);
     config.max_seq_len = 2048;
     config.window_size = WINDOW;
     return config;
@@ -64,36 +68,38 @@ static void test_a_step(void) {
     CHECK_EQUAL(nsa_init(&ctx, &config), NSA_OK);
     clear();
     CHECK_EQUAL(nsa_compute_attention(&ctx, query, keys, values, SEQ_LEN, output, stream), NSA_OK);
-    const NSARole roles[] = {NSA_ROLE_stream_inputs, NSA_ROLE_stream_means, NSA_ROLE_decode_compressed,
-                             NSA_ROLE_decode_choose, NSA_ROLE_decode_tokens, NSA_ROLE_decode_merge};
-    check_roles(roles, 6);
+    const NSARole roles[] = {NSA_ROLE_stream_begin, NSA_ROLE_decode_compressed, NSA_ROLE_decode_choose, NSA_ROLE_decode_tokens,
+                             NSA_ROLE_decode_merge};
+    check_roles(roles, 5);
     for (int i = 0; i < num_seen; i++)
         CHECK(fake->launches[i].stream == (void *)stream);
     CHECK_EQUAL(number(0, NSA_VALUE_seq_len), SEQ_LEN);
     CHECK_EQUAL(number(0, NSA_VALUE_gated), 0);
     CHECK_EQUAL(pointer(0, NSA_VALUE_q), at(query));
-    CHECK_EQUAL(number(1, NSA_VALUE_first), 0);
-    CHECK_EQUAL(fake->launches[1].grid[0], (SEQ_LEN - 32) / 16 + 1);
-    CHECK_EQUAL(pointer(1, NSA_VALUE_k), at(keys));
-    CHECK_EQUAL(pointer(1, NSA_VALUE_v), at(values));
-    CHECK_EQUAL(pointer(1, NSA_VALUE_k_cmp), pointer(2, NSA_VALUE_k_cmp));
-    CHECK_EQUAL(number(2, NSA_VALUE_per_block), 4);
-    CHECK_EQUAL(number(2, NSA_VALUE_cells), 1);
-    CHECK(seen[2].values[NSA_VALUE_scale].real > 0.1803f && seen[2].values[NSA_VALUE_scale].real < 0.1804f);
-    CHECK_EQUAL(fake->launches[2].grid[0], number(2, NSA_VALUE_splits));
-    CHECK_EQUAL(pointer(3, NSA_VALUE_chosen), pointer(4, NSA_VALUE_indices));
-    CHECK_EQUAL(pointer(3, NSA_VALUE_part_lse), pointer(4, NSA_VALUE_part_lse));
-    CHECK_EQUAL(number(4, NSA_VALUE_window), WINDOW);
-    CHECK_EQUAL(number(4, NSA_VALUE_splits), number(2, NSA_VALUE_splits));
-    CHECK_EQUAL(fake->launches[4].grid[2], number(5, NSA_VALUE_parts) - number(5, NSA_VALUE_splits));
-    CHECK_EQUAL(pointer(5, NSA_VALUE_gates), pointer(0, NSA_VALUE_gates));
-    CHECK_EQUAL(pointer(5, NSA_VALUE_out), at(output));
-    CHECK_EQUAL(fake->launches[5].grid[0], 8);
+    CHECK_EQUAL(number(0, NSA_VALUE_first), 0);
+    CHECK_EQUAL(number(0, NSA_VALUE_group), HEADS);
+    CHECK_EQUAL(fake->launches[0].grid[0], HEADS + (SEQ_LEN - 32) / 16 + 1);
+    CHECK_EQUAL(fake->launches[0].grid[1], 1);
+    CHECK_EQUAL(pointer(0, NSA_VALUE_k), at(keys));
+    CHECK_EQUAL(pointer(0, NSA_VALUE_v), at(values));
+    CHECK_EQUAL(pointer(0, NSA_VALUE_k_cmp), pointer(1, NSA_VALUE_k_cmp));
+    CHECK_EQUAL(number(1, NSA_VALUE_per_block), 4);
+    CHECK_EQUAL(number(1, NSA_VALUE_cells), 1);
+    CHECK(seen[1].values[NSA_VALUE_scale].real > 0.1803f && seen[1].values[NSA_VALUE_scale].real < 0.1804f);
+    CHECK_EQUAL(fake->launches[1].grid[0], number(1, NSA_VALUE_splits));
+    CHECK_EQUAL(pointer(2, NSA_VALUE_chosen), pointer(3, NSA_VALUE_indices));
+    CHECK_EQUAL(pointer(2, NSA_VALUE_part_lse), pointer(3, NSA_VALUE_part_lse));
+    CHECK_EQUAL(number(3, NSA_VALUE_window), WINDOW);
+    CHECK_EQUAL(number(3, NSA_VALUE_splits), number(1, NSA_VALUE_splits));
+    CHECK_EQUAL(fake->launches[3].grid[2], number(4, NSA_VALUE_parts) - number(4, NSA_VALUE_splits));
+    CHECK_EQUAL(pointer(4, NSA_VALUE_gates), pointer(0, NSA_VALUE_gates));
+    CHECK_EQUAL(pointer(4, NSA_VALUE_out), at(output));
+    CHECK_EQUAL(fake->launches[4].grid[0], HEADS);
     /* No block has ended yet: nothing to compress. */
     clear();
     CHECK_EQUAL(nsa_compute_attention(&ctx, query, keys, values, 31, output, NULL), NSA_OK);
-    CHECK_EQUAL(num_seen, 5);
-    CHECK_EQUAL(seen[1].kernel->role, NSA_ROLE_decode_compressed);
+    check_roles(roles, 5);
+    CHECK_EQUAL(fake->launches[0].grid[0], HEADS);
     nsa_free(&ctx);
 }
 
@@ -109,19 +115,19 @@ static void test_the_window(void) {
     CHECK_EQUAL(nsa_init(&ctx, &config), NSA_OK);
     /* Nothing in the buffer: the tail of the keys, token t in row t. */
     compute(&ctx, 50);
-    CHECK_EQUAL(pointer(4, NSA_VALUE_k_win), at(keys));
-    CHECK_EQUAL(pointer(4, NSA_VALUE_v_win), at(values));
-    CHECK_EQUAL(number(4, NSA_VALUE_slots), 50);
+    CHECK_EQUAL(pointer(3, NSA_VALUE_k_win), at(keys));
+    CHECK_EQUAL(pointer(3, NSA_VALUE_v_win), at(values));
+    CHECK_EQUAL(number(3, NSA_VALUE_slots), 50);
     clear();
     CHECK_EQUAL(nsa_update_window(&ctx, keys, values, 50, NULL), NSA_OK);
     CHECK_EQUAL(number(0, NSA_VALUE_first_slot), 0);
     CHECK_EQUAL(fake->launches[0].grid[0], 50);
     const uint64_t ring = pointer(0, NSA_VALUE_k_win);
     compute(&ctx, 50);
-    CHECK_EQUAL(pointer(4, NSA_VALUE_k_win), ring);
-    CHECK_EQUAL(number(4, NSA_VALUE_slots), WINDOW);
+    CHECK_EQUAL(pointer(3, NSA_VALUE_k_win), ring);
+    CHECK_EQUAL(number(3, NSA_VALUE_slots), WINDOW);
     compute(&ctx, 51); /* one token is missing */
-    CHECK_EQUAL(pointer(4, NSA_VALUE_k_win), at(keys));
+    CHECK_EQUAL(pointer(3, NSA_VALUE_k_win), at(keys));
     /* More than the window holds: its newest tokens. */
     clear();
     CHECK_EQUAL(nsa_update_window(&ctx, keys, values, 3 * WINDOW + 7, NULL), NSA_OK);
@@ -129,13 +135,13 @@ static void test_the_window(void) {
     CHECK_EQUAL(pointer(0, NSA_VALUE_new_k), at(keys) + (2 * WINDOW + 7) * row);
     CHECK_EQUAL(number(0, NSA_VALUE_first_slot), 57); /* of 50 + 2 * 96 + 7 */
     compute(&ctx, 50 + 3 * WINDOW + 7);
-    CHECK_EQUAL(pointer(4, NSA_VALUE_k_win), ring);
+    CHECK_EQUAL(pointer(3, NSA_VALUE_k_win), ring);
     /* Token t of a sequence of 500 is 345 of the window's: 345 - 500 is 37 modulo 96. */
     compute(&ctx, 500);
-    CHECK_EQUAL(pointer(4, NSA_VALUE_k_win), ring + 37 * row);
+    CHECK_EQUAL(pointer(3, NSA_VALUE_k_win), ring + 37 * row);
     CHECK_EQUAL(nsa_reset(&ctx), NSA_OK);
     compute(&ctx, 500);
-    CHECK_EQUAL(pointer(4, NSA_VALUE_k_win), at(keys));
+    CHECK_EQUAL(pointer(3, NSA_VALUE_k_win), at(keys));
     nsa_free(&ctx);
 }
 
@@ -149,15 +155,13 @@ static void test_incremental(void) {
     } steps[] = {{100, 0, 5}, {101, 5, 0}, {111, 5, 0}, {112, 5, 1}, {112, 6, 0}, {200, 6, 5}};
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
         compute(&ctx, steps[i].seq_len);
-        CHECK_EQUAL(seen[1].kernel->role, steps[i].blocks ? NSA_ROLE_stream_means : NSA_ROLE_decode_compressed);
-        if (steps[i].blocks) {
-            CHECK_EQUAL(number(1, NSA_VALUE_first), steps[i].first);
-            CHECK_EQUAL(fake->launches[1].grid[0], steps[i].blocks);
-        }
+        CHECK_EQUAL(seen[0].kernel->role, NSA_ROLE_stream_begin);
+        CHECK_EQUAL(number(0, NSA_VALUE_first), steps[i].first);
+        CHECK_EQUAL(fake->launches[0].grid[0], HEADS + steps[i].blocks);
     }
     CHECK_EQUAL(nsa_set_compression_weights(&ctx, NULL, NULL), NSA_OK); /* from the first block again */
     compute(&ctx, 200);
-    CHECK_EQUAL(number(1, NSA_VALUE_first), 0);
+    CHECK_EQUAL(number(0, NSA_VALUE_first), 0);
     nsa_free(&ctx);
 }
 
@@ -170,6 +174,7 @@ static void test_weights(void) {
     CHECK_EQUAL(nsa_set_compression_weights(&ctx, &linear, &mlp), NSA_OK);
     compute(&ctx, SEQ_LEN);
     CHECK_EQUAL(number(0, NSA_VALUE_gated), 1);
+    CHECK_EQUAL(fake->launches[0].grid[0], HEADS); /* no means */
     CHECK_EQUAL(pointer(0, NSA_VALUE_gate_weights), at(weights));
     for (int i = 0; i < 2; i++) {
         CHECK_EQUAL(seen[1 + i].kernel->role, NSA_ROLE_stream_weighted);
@@ -184,8 +189,10 @@ static void test_weights(void) {
     /* One of both: the means first, then what overwrites half of them. */
     CHECK_EQUAL(nsa_set_compression_weights(&ctx, NULL, &linear), NSA_OK);
     compute(&ctx, SEQ_LEN);
-    CHECK_EQUAL(seen[1].kernel->role, NSA_ROLE_stream_means);
-    CHECK_EQUAL(pointer(2, NSA_VALUE_x), at(values));
+    CHECK_EQUAL(fake->launches[0].grid[0], HEADS + 61);
+    CHECK_EQUAL(seen[1].kernel->role, NSA_ROLE_stream_weighted);
+    CHECK_EQUAL(pointer(1, NSA_VALUE_x), at(values));
+    CHECK_EQUAL(seen[2].kernel->role, NSA_ROLE_decode_compressed);
     nsa_free(&ctx);
 }
 
@@ -196,17 +203,18 @@ static void test_many_blocks(void) {
     NSAContext ctx;
     CHECK_EQUAL(nsa_init(&ctx, &config), NSA_OK);
     compute(&ctx, 1 << 20);
-    CHECK_EQUAL(fake->launches[3].grid[0], 32);
-    CHECK_EQUAL(seen[4].kernel->role, NSA_ROLE_decode_choose_again);
-    CHECK_EQUAL(number(4, NSA_VALUE_count), 32 * 16);
-    CHECK_EQUAL(pointer(4, NSA_VALUE_chosen_before), pointer(3, NSA_VALUE_chosen));
-    CHECK_EQUAL(pointer(4, NSA_VALUE_chosen), pointer(5, NSA_VALUE_indices));
-    CHECK_EQUAL(seen[5].kernel->role, NSA_ROLE_decode_tokens);
+    CHECK_EQUAL(fake->launches[2].grid[0], 32);
+    CHECK_EQUAL(seen[3].kernel->role, NSA_ROLE_decode_choose_again);
+    CHECK_EQUAL(number(3, NSA_VALUE_count), 32 * 16);
+    CHECK_EQUAL(pointer(3, NSA_VALUE_chosen_before), pointer(2, NSA_VALUE_chosen));
+    CHECK_EQUAL(pointer(3, NSA_VALUE_chosen), pointer(4, NSA_VALUE_indices));
+    CHECK_EQUAL(seen[4].kernel->role, NSA_ROLE_decode_tokens);
     nsa_free(&ctx);
 }
 
 int main(void) {
     fake = open_fake();
+    may_depend = fake_has("cuLaunchKernelEx");
     fake->on_launch = on_launch;
     test_a_step();
     test_the_window();

@@ -1,6 +1,8 @@
-"""The kernels that only the streaming API needs: compression of contiguous keys, the circular window, gates and length."""
+"""The kernels that only the streaming API needs: length, gates and means, compression by weights, the circular window."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,20 +39,36 @@ def check_blocks(name: str, got: Tensor, x: Tensor, cfg: nsa.NSAConfig, embeddin
     assert got[lead + count :].isnan().all()
 
 
+def check_gates(gates: Tensor, lengths: Tensor, seq_len: int, q: Tensor, weights: Tensor | None) -> None:
+    want = torch.full(gates.shape, 1 / 3, dtype=torch.float64)
+    if weights is not None:
+        want = (q.double() @ weights.double().T).sigmoid()
+    torch.testing.assert_close(gates.double().cpu(), want.cpu(), rtol=1e-5, atol=1e-6)
+    assert lengths.item() == seq_len
+
+
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_means(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    from nsa.kernels.triton.stream_compress import stream_means
+def test_the_beginning_of_a_step(device: str, dtype: torch.dtype, shape: tuple[int, ...], gated: bool) -> None:
+    """Means, gates and the length; with no block to add, those to add, and all at once."""
+    from nsa.kernels.triton.stream_begin import stream_begin
 
     kv_heads, dim, value_dim, length, stride, tokens = shape
     cfg, rows = config(*shape[:5]), tokens // stride + 1
     k, v = (draw(i, tokens, kv_heads, width, dtype=dtype, device=device) for i, width in enumerate((dim, value_dim)))
-    k_cmp, v_cmp = (x.new_full((rows, *x.shape[1:]), float("nan")) for x in (k, v))
+    q, drawn = draw(2, 2 * kv_heads, dim, dtype=dtype, device=device), draw(3, 3, dim, dtype=dtype, device=device)
+    weights = drawn if gated else None
     count = cfg.num_compressed_blocks(tokens)
-    for first, stop in ((0, count // 2), (count // 2, count)):  # as an incremental stream does
-        stream_means(k, v, k_cmp, v_cmp, first, stop, length, stride)
-    check_blocks("keys", k_cmp, k, cfg, None)
-    check_blocks("values", v_cmp, v, cfg, None)
+    for edges in ((0, count), (0, 0, count // 2, count)):  # the second as an incremental stream does
+        k_cmp, v_cmp = (x.new_full((rows, *x.shape[1:]), float("nan")) for x in (k, v))
+        for first, stop in pairwise(edges):
+            gates = torch.full((len(q), 3), float("nan"), device=device)
+            lengths = torch.zeros(1, dtype=torch.int32, device=device)
+            stream_begin(q, weights, gates, lengths, stop + 7, k, v, k_cmp, v_cmp, first, stop, length, stride)
+            check_gates(gates, lengths, stop + 7, q, weights)
+        check_blocks("keys", k_cmp, k, cfg, None)
+        check_blocks("values", v_cmp, v, cfg, None)
 
 
 @pytest.mark.parametrize("hidden", [0, 40, 128])
@@ -87,17 +105,3 @@ def test_the_window_is_written_twice(device: str) -> None:
             for x, ring in ((k, k_win), (v, v_win)):
                 assert torch.equal(ring[token % slots], x[token])
                 assert torch.equal(ring[token % slots + slots], x[token])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gated", [False, True])
-def test_gates_and_length(device: str, gated: bool, dtype: torch.dtype) -> None:
-    from nsa.kernels.triton.stream_inputs import stream_inputs
-
-    q, weights = draw(0, 5, 24, dtype=dtype, device=device), draw(1, 3, 24, dtype=dtype, device=device)
-    gates = torch.full((5, 3), float("nan"), device=device)
-    lengths = torch.zeros(1, dtype=torch.int32, device=device)
-    stream_inputs(q, weights if gated else None, gates, lengths, 1)
-    want = (q.double() @ weights.double().T).sigmoid() if gated else torch.full((5, 3), 1 / 3, dtype=torch.float64)
-    torch.testing.assert_close(gates.double().cpu(), want.cpu(), rtol=1e-5, atol=1e-6)
-    assert lengths.item() == 1

@@ -15,13 +15,13 @@ import torch
 
 from nsa import decode_tuning, tuning
 from nsa.config import NSAConfig
-from nsa.kernels.triton import stream_compress, stream_window
+from nsa.kernels.triton import stream_begin, stream_compress, stream_window
 from nsa.kernels.triton.decode_compressed import decode_compressed_kernel
 from nsa.kernels.triton.decode_merge import PARTS, decode_merge_kernel
 from nsa.kernels.triton.decode_select import TILE, UNFUSED, decode_choose_again_kernel, decode_choose_kernel
 from nsa.kernels.triton.decode_tokens import decode_tokens_kernel
-from nsa.kernels.triton.stream_compress import stream_means_kernel, stream_weighted_kernel
-from nsa.kernels.triton.stream_inputs import stream_inputs_kernel
+from nsa.kernels.triton.stream_begin import stream_begin_kernel
+from nsa.kernels.triton.stream_compress import stream_weighted_kernel
 from nsa.kernels.triton.stream_window import stream_window_kernel
 from nsa.tuning import padded_dim
 
@@ -118,9 +118,13 @@ class Kernel:
         return {name: "*" + type if own[name] == "*" else own[name] for name in own}
 
 
-def _dims(case: Case, value: bool = True) -> dict[str, int]:
-    keys = {"D": case.dim, "BD": padded_dim(case.dim)}
-    return keys | {"DV": case.value_dim, "BDV": padded_dim(case.value_dim)} if value else keys
+def _dims(case: Case) -> dict[str, int]:
+    return {"D": case.dim, "BD": padded_dim(case.dim), "DV": case.value_dim, "BDV": padded_dim(case.value_dim)}
+
+
+def _dependent(case: Case) -> dict[str, int]:
+    """Of every kernel: the host launches those early that are told to wait."""
+    return {"DEPENDENT": int(decode_tuning.dependent_launch(case.arch))}
 
 
 def _tiles(case: Case) -> list[tuning.Tile]:
@@ -134,14 +138,14 @@ def _cells(case: Case) -> list[int]:
 def _compressed(case: Case) -> Iterator[Variant]:
     for tile in _tiles(case):
         for cell in _cells(case):
-            sizes = {"CELL": cell, "PER_PAGE": 0, "BM": tile.block_m, "BN": tile.block_n, "DEPENDENT": 0}
+            sizes = {"CELL": cell, "PER_PAGE": 0, "BM": tile.block_m, "BN": tile.block_n, **_dependent(case)}
             yield Variant(case.dtype, _dims(case) | sizes, tile.num_warps, tile.num_stages)
 
 
 def _tokens(case: Case) -> Iterator[Variant]:
     for tile in _tiles(case):
         for tiles in TOKEN_TILES:
-            sizes = {"TILES": tiles, "PER_PAGE": 0, "BM": tile.block_m, "BN": tile.block_n, "DEPENDENT": 0}
+            sizes = {"TILES": tiles, "PER_PAGE": 0, "BM": tile.block_m, "BN": tile.block_n, **_dependent(case)}
             yield Variant(case.dtype, _dims(case) | sizes, tile.num_warps, tile.num_stages)
 
 
@@ -151,24 +155,24 @@ def _choose(case: Case) -> Iterator[Variant]:
         for cell in _cells(case):
             for splits in SPLITS:
                 sizes = {"BC": case.tile(1).block_n // cell, "BG": max(1, TILE // width), "BP": splits, "BJ": width}
-                yield Variant("any", sizes | {"BN": n, "GROUPS": n, "DEPENDENT": 0}, warps)
+                yield Variant("any", sizes | {"BN": n, "GROUPS": n} | _dependent(case), warps)
 
 
 def _choose_again(case: Case) -> Iterator[Variant]:
     for n in CHOSEN:
         for count in sorted({4 * n, MANY}):
             width, warps = decode_tuning.ranking(n, True, count)
-            yield Variant("any", {"BJ": width, "BN": n, "GROUPS": n, "DEPENDENT": 0}, warps)
+            yield Variant("any", {"BJ": width, "BN": n, "GROUPS": n, **_dependent(case)}, warps)
 
 
 def _merge(case: Case) -> Iterator[Variant]:
     for parts in MERGED:
         sizes = {"DV": case.value_dim, "BDV": padded_dim(case.value_dim), "BP": min(PARTS, parts), "ALL": parts}
-        yield Variant(case.dtype, sizes | {"DEPENDENT": 0}, 8)
+        yield Variant(case.dtype, sizes | _dependent(case), 8)
 
 
-def _means(case: Case) -> Iterator[Variant]:
-    yield Variant(case.dtype, _dims(case) | {"BT": stream_compress.TOKENS}, 4)
+def _begin(case: Case) -> Iterator[Variant]:
+    yield Variant(case.dtype, _dims(case) | {"BT": stream_begin.TOKENS} | _dependent(case), 4)
 
 
 def _weighted(case: Case) -> Iterator[Variant]:
@@ -176,15 +180,11 @@ def _weighted(case: Case) -> Iterator[Variant]:
     for dim in dict.fromkeys((case.dim, case.value_dim)):
         for mlp in (0, 1):
             sizes = {"D": dim, "BM": stream_compress.BLOCKS, "BH": columns, "BD": padded_dim(dim), "MLP": mlp}
-            yield Variant(case.dtype, sizes, 4, 1)
-
-
-def _inputs(case: Case) -> Iterator[Variant]:
-    yield Variant(case.dtype, _dims(case, value=False), 1)
+            yield Variant(case.dtype, sizes | _dependent(case), 4, 1)
 
 
 def _window(case: Case) -> Iterator[Variant]:
-    yield Variant(f"i{BITS[case.dtype]}", {"BC": stream_window.COLUMNS}, 4)
+    yield Variant(f"i{BITS[case.dtype]}", {"BC": stream_window.COLUMNS} | _dependent(case), 4)
 
 
 def _strides(*tensors: str) -> dict[str, str]:
@@ -201,17 +201,14 @@ IS_DIM, IS_VALUE_DIM = Rule("is", "head_dim"), Rule("is", "value_dim")
 KEPT = {"weights": FP32, "edges": FP32, "peaks": FP32}
 
 KERNELS: dict[str, Kernel] = {
-    "stream_inputs": Kernel(
-        stream_inputs_kernel,
-        {"q": "*", "gate_weights": "*", "gates": FP32, "lengths": INT32},
-        {"D": IS_DIM},
-        _inputs,
-    ),
-    "stream_means": Kernel(
-        stream_means_kernel,
-        {"k": "*", "v": "*", "k_cmp": "*", "v_cmp": "*"},
+    "stream_begin": Kernel(
+        stream_begin_kernel,
+        {
+            **dict.fromkeys(("q", "gate_weights", "k", "v", "k_cmp", "v_cmp"), "*"),
+            **{"gates": FP32, "lengths": INT32},
+        },
         {"D": IS_DIM, "DV": IS_VALUE_DIM},
-        _means,
+        _begin,
     ),
     "stream_weighted": Kernel(
         stream_weighted_kernel,

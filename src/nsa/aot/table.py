@@ -55,7 +55,8 @@ def _lines(cases: Sequence[Case], entries: Sequence[tuple[Binary, int]]) -> Iter
         constants = [_constant(KERNELS[build.role], name, number) for name, number in _ordered(x).items()]
         yield (
             f'    {{NSA_ROLE_{build.role}, "{x.symbol}", {build.arch}, NSA_TYPE_{build.variant.type}, '
-            f"{build.variant.num_warps}, {x.shared}, {offset}, {len(x.cubin)}, {build.role}, "
+            f"{build.variant.num_warps}, {x.shared}, {offset}, {len(x.cubin)}, "
+            f"{build.variant.constants['DEPENDENT']}, {build.role}, "
             f"sizeof {build.role} / sizeof *{build.role}, {{{', '.join(constants)}}}}},"
         )
     yield "};"

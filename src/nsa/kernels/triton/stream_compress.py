@@ -1,7 +1,6 @@
-"""The compressed blocks of a stream, out of contiguous keys: means, or what a compressor's weights make of them.
+"""The compressed blocks of a stream, out of contiguous keys: what a compressor's weights make of them.
 
-Block ``i`` is written where ``decode_compressed`` reads it, to the row of the stride in which it ends, ``i + l / d - 1``. Block
-sizes are numbers of the launch: a program goes over a block's tokens in a loop.
+They are written where ``stream_begin`` writes means, and block sizes are numbers of the launch there and here.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa import tuning
+from nsa.kernels.triton.dependent import dependents_may_start, launch_options, wait_for_inputs
 from nsa.kernels.triton.tile import dot, load_rows, wide
 
-TOKENS = 16  # of a mean that are loaded together
 BLOCKS = 32  # of a program that multiplies by weights
 
 
@@ -22,33 +21,14 @@ def hidden_columns(bits: int) -> int:
     return 32 if bits == 32 else 64
 
 
-@triton.jit
-def _mean(x, out, start, at, hk, kv_heads, length, BT: tl.constexpr, DIM: tl.constexpr, BDIM: tl.constexpr):
-    """Row ``at`` of ``out``: the mean of the ``length`` rows of ``x`` from ``start`` on."""
-    dims, token = tl.arange(0, BDIM), tl.arange(0, BT)
-    total = tl.zeros([BDIM], tl.float32)
-    for first in tl.range(0, length, BT):
-        row = (start + first + token) * kv_heads + hk
-        total += tl.sum(load_rows(x, row * DIM, dims, first + token < length, DIM).to(tl.float32), 0)
-    tl.store(out + (at * kv_heads + hk) * DIM + dims, (total / length).to(out.dtype.element_ty), mask=dims < DIM)
-
-
-@triton.jit(do_not_specialize=["first", "kv_heads", "length", "stride"])
-def stream_means_kernel(
-    k, v, k_cmp, v_cmp, first, kv_heads, length, stride,
-    D: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    block, hk = wide(first) + tl.program_id(0), tl.program_id(1)
-    at = block + length // stride - 1
-    _mean(k, k_cmp, block * stride, at, hk, kv_heads, length, BT, D, BD)
-    _mean(v, v_cmp, block * stride, at, hk, kv_heads, length, BT, DV, BDV)
-
-
 @triton.jit(do_not_specialize=["first", "stop", "kv_heads", "length", "stride", "hidden"])
 def stream_weighted_kernel(
     x, out, embedding, w1, w2, first, stop, kv_heads, length, stride, hidden,
     D: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, MLP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    dependents_may_start(DEPENDENT)
+    wait_for_inputs(DEPENDENT)
     hk = tl.program_id(1)
     block = wide(first) + tl.program_id(0) * BM + tl.arange(0, BM)
     keep, dims = block < stop, tl.arange(0, BD)
@@ -80,16 +60,6 @@ def stream_weighted_kernel(
         tl.store(there, total.to(out.dtype.element_ty), mask=keep[:, None] & (dims < D)[None, :])
 
 
-def stream_means(k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, first: int, stop: int, length: int, stride: int) -> None:
-    """Blocks ``first .. stop - 1`` of k ``[T, HK, D]`` into k_cmp ``[rows, HK, D]``, of v ``[T, HK, DV]`` into v_cmp."""
-    kv_heads, dim = k.shape[1:]
-    if stop > first:
-        stream_means_kernel[(stop - first, kv_heads)](
-            k, v, k_cmp, v_cmp, first, kv_heads, length, stride, D=dim, DV=v.shape[-1], BT=TOKENS,
-            BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(v.shape[-1]), num_warps=4,
-        )  # fmt: skip
-
-
 def stream_weighted(
     x: Tensor, out: Tensor, embedding: Tensor, weights: tuple[Tensor, ...], first: int, stop: int, length: int, stride: int
 ) -> None:
@@ -99,8 +69,9 @@ def stream_weighted(
     """
     kv_heads, dim = x.shape[1:]
     if stop > first:
+        dependent, options = launch_options(x.device)
         stream_weighted_kernel[(triton.cdiv(stop - first, BLOCKS), kv_heads)](
             x, out, embedding, weights[0], weights[-1], first, stop, kv_heads, length, stride, len(weights[0]),
             D=dim, BM=BLOCKS, BH=hidden_columns(8 * x.element_size()), BD=tuning.padded_dim(dim), MLP=len(weights) == 2,
-            num_warps=4, num_stages=1,
+            DEPENDENT=dependent, num_warps=4, num_stages=1, **options,
         )  # fmt: skip
