@@ -80,6 +80,7 @@ static void test_a_step(void) {
     CHECK_EQUAL(number(0, NSA_VALUE_group), HEADS);
     CHECK_EQUAL(fake->launches[0].grid[0], HEADS + (SEQ_LEN - 32) / 16 + 1);
     CHECK_EQUAL(fake->launches[0].grid[1], 1);
+    CHECK_EQUAL(fake->launches[0].grid[2], 2); /* keys, values */
     CHECK_EQUAL(pointer(0, NSA_VALUE_k), at(keys));
     CHECK_EQUAL(pointer(0, NSA_VALUE_v), at(values));
     CHECK_EQUAL(pointer(0, NSA_VALUE_k_cmp), pointer(1, NSA_VALUE_k_cmp));

@@ -213,3 +213,36 @@ def test_a_graph(device: str, make: Make) -> None:
         graph.replay()
         torch.cuda.synchronize()
         check("graph", out, other, 2000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_steps_right_behind_each_other(device: str, make: Make, captured: bool) -> None:
+    """Of two sequences in turns: where kernels start early, none may see or replace what is another step's."""
+    cfg = config((64, 64), 16, 1)
+    streams = [draw(cfg, 2000, torch.float16, device, seed=seed) for seed in range(2)]
+    queries = [stream.q.clone() for stream in streams]
+    outs = streams[0].q.new_full((12, cfg.num_heads, cfg.value_dim), float("nan"))
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def steps() -> None:
+        for i, out in enumerate(outs):
+            if i % 4 == 3:  # no kernel, in between
+                streams[i % 2].q.copy_(queries[i % 2])
+            ctx.update_window(streams[i % 2].k, streams[i % 2].v)
+            ctx.compute_attention(streams[i % 2].q, streams[i % 2].k, streams[i % 2].v, out)
+
+    # So long that blocks are chosen among the chosen.
+    with make(cfg, torch.float16, 100000, stream=side.cuda_stream) as ctx:
+        if captured:
+            with torch.cuda.graph(graph, stream=side):
+                steps()
+            for _ in range(3):
+                graph.replay()
+        else:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                steps()
+        torch.cuda.synchronize()
+        for i, out in enumerate(outs):
+            check(f"step {i}", out, streams[i % 2], 2000)

@@ -50,15 +50,17 @@ def stream_begin_kernel(
 ):  # fmt: skip
     dependents_may_start(DEPENDENT)
     wait_for_inputs(DEPENDENT)
-    which, hk = tl.program_id(0), tl.program_id(1)
+    which, hk, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block = wide(first) + which - group
+    at = block + length // stride - 1
     if which < group:
-        if which + hk == 0:
-            tl.store(lengths, seq_len)
-        _gates(q, gate_weights, gates, wide(hk) * group + which, gated, D, BD)
-    else:
-        block = wide(first) + which - group
-        at = block + length // stride - 1
+        if side == 0:
+            if which + hk == 0:
+                tl.store(lengths, seq_len)
+            _gates(q, gate_weights, gates, wide(hk) * group + which, gated, D, BD)
+    elif side == 0:
         _mean(k, k_cmp, block * stride, at, hk, kv_heads, length, BT, D, BD)
+    else:
         _mean(v, v_cmp, block * stride, at, hk, kv_heads, length, BT, DV, BDV)
 
 
@@ -74,7 +76,7 @@ def stream_begin(
     (kv_heads, dim), value_dim = k.shape[1:], v.shape[-1]
     group = len(q) // kv_heads
     dependent, options = launch_options(q.device)
-    stream_begin_kernel[(group + stop - first, kv_heads)](
+    stream_begin_kernel[(group + stop - first, kv_heads, 2)](
         q, q if gate_weights is None else gate_weights, gates, lengths, k, v, k_cmp, v_cmp, seq_len,
         int(gate_weights is not None), first, group, kv_heads, length, stride,
         D=dim, DV=value_dim, BT=TOKENS, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
