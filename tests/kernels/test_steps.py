@@ -216,7 +216,7 @@ def test_importance_in_many_chunks(device: str, layout: str, monkeypatch: pytest
 
 @pytest.mark.gpu
 def test_importance_in_many_chunks_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of a graph wait only for what they are told to wait for: replayed back to back, over inputs that change between."""
+    """Kernels of a graph wait only for what they are told to wait for: replayed back to back over inputs that change."""
     from nsa.kernels.triton import top_n
 
     tokens, cfg = 6000, nsa.NSAConfig(head_dim=64, num_heads=16, num_kv_heads=1)
