@@ -18,6 +18,45 @@ from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import LOG2E, backward_lse, direct_descriptor, dot, load_direct, wide
 
 
+@triton.jit
+def importance_of(
+    q, k, lse, batch, row, hk, seen, keep, first, k_len, scale, stride_kt, stride_lh,
+    G: tl.constexpr, PER: tl.constexpr, COVERS: tl.constexpr, BJ: tl.constexpr, SUB: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """``[BM, BJ]`` of the selection blocks from ``first - 1`` on, without the first of them, which lacks its due.
+
+    ``row`` the tile's first row of q; ``k`` at the sequence's first block; ``lse [BM]`` at the group's first head.
+    """
+    dims, col = tl.arange(0, BD), tl.arange(0, BJ * SUB)
+    own = tl.zeros([BM, BJ], tl.float32)
+    following = tl.zeros([BM, BJ], tl.float32)
+    for m0 in tl.static_range(0, PER, SUB):
+        m = m0 + col % SUB  # a block's place among those that start in its selection block
+        i = (first - 1 + col // SUB) * PER + m
+        inside = (m < PER) & (i >= 0) & (i < k_len)
+        keys = tl.where(inside, i, 0)
+        # Turned here: Triton 3.9 would keep the tile in registers and store it to shared memory anew for every head.
+        kt = tl.load(
+            k + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0
+        ).T  # [BD, BJ * SUB]
+        p = tl.zeros([BM, BJ * SUB], tl.float32)
+        # A head ahead: the product would wait for what is loaded in its own turn.
+        following_lse = tl.load(lse, mask=keep, other=float("-inf"))
+        for g in tl.range(0, G):
+            row_lse = backward_lse(following_lse)
+            following_lse = tl.load(lse + tl.minimum(g + 1, G - 1) * stride_lh, mask=keep, other=float("-inf"))
+            qt = load_direct(q, batch, row, hk * G + g, BM, BD)
+            p += tl.exp2(dot(qt, kt) * scale - row_lse[:, None])
+        p = tl.where(inside[None, :] & (i[None, :] < seen[:, None]), p, 0.0)
+        p = tl.reshape(p, [BM, BJ, SUB])
+        weight = tl.minimum(PER - m0 - tl.arange(0, SUB), COVERS)[None, None, :]  # strides in the block's own selection block
+        own += tl.sum(p * weight, 2)
+        following += tl.sum(p * (COVERS - weight), 2)
+    j = tl.arange(0, BJ)
+    return own + tl.gather(following, tl.broadcast_to(tl.maximum(j - 1, 0)[None, :], [BM, BJ]), 1)
+
+
 @triton.jit(
     do_not_specialize=[
         "tiles",
@@ -52,38 +91,18 @@ def importance_kernel(
     last = offset + tl.minimum(start + BM, q_len) - 1
     if (start >= q_len) | (first > last // size):
         return
-    rows, dims = tl.arange(0, BM), tl.arange(0, BD)
+    rows, j = tl.arange(0, BM), tl.arange(0, BJ)
     seen = end_seen(offset + start + rows, length, stride, k_len)
     keep = start + rows < q_len
     lse += batch * stride_lb + (q_row + start + rows) * stride_lt + hk * G * stride_lh
     k += batch * stride_kb + k_row * stride_kt + hk * stride_kh
-    col = tl.arange(0, BJ * SUB)
-    own = tl.zeros([BM, BJ], tl.float32)
-    following = tl.zeros([BM, BJ], tl.float32)
-    for m0 in tl.static_range(0, PER, SUB):
-        m = m0 + col % SUB  # a block's place among those that start in its selection block
-        i = (first - 1 + col // SUB) * PER + m
-        inside = (m < PER) & (i >= 0) & (i < k_len)
-        keys = tl.where(inside, i, 0)
-        # Turned here: Triton 3.9 would keep the tile in registers and store it to shared memory anew for every head.
-        kt = tl.load(
-            k + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0
-        ).T  # [BD, BJ * SUB]
-        p = tl.zeros([BM, BJ * SUB], tl.float32)
-        for g in tl.range(0, G):
-            qt = load_direct(q, batch, q_row + start, hk * G + g, BM, BD)
-            row_lse = backward_lse(tl.load(lse + g * stride_lh, mask=keep, other=float("-inf")))
-            p += tl.exp2(dot(qt, kt) * scale - row_lse[:, None])
-        p = tl.where(inside[None, :] & (i[None, :] < seen[:, None]), p, 0.0)
-        p = tl.reshape(p, [BM, BJ, SUB])
-        weight = tl.minimum(PER - m0 - tl.arange(0, SUB), COVERS)[None, None, :]  # strides in the block's own selection block
-        own += tl.sum(p * weight, 2)
-        following += tl.sum(p * (COVERS - weight), 2)
-    j = tl.arange(0, BJ)
-    from_before = tl.gather(following, tl.broadcast_to(tl.maximum(j - 1, 0)[None, :], [BM, BJ]), 1)
+    found = importance_of(
+        q, k, lse, batch, q_row + start, hk, seen, keep, first, k_len, scale, stride_kt, stride_lh,
+        G, PER, COVERS, BJ, SUB, D, BM, BD,
+    )  # fmt: skip
     block = first - 1 + j
     at = out + ((wide(tl.program_id(1)) * BM + rows)[:, None] * kv_heads + hk) * blocks + block[None, :]
-    tl.store(at, own + from_before, mask=keep[:, None] & ((j >= 1) & (block < blocks))[None, :])
+    tl.store(at, found, mask=keep[:, None] & ((j >= 1) & (block < blocks))[None, :])
 
 
 def block_importance(
