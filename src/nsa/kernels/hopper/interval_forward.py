@@ -40,6 +40,8 @@ from nsa.kernels.hopper.pipeline import (
 )
 from nsa.kernels.triton.sequence import Spans
 
+SIDES = gl.constexpr(2)  # tiles of queries: the next one's come while one is computed
+
 
 @gluon.jit
 def _load(count, where, shape, descs, buffers, bars,
@@ -55,10 +57,12 @@ def _load(count, where, shape, descs, buffers, bars,
         batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = query_tile(
             number, where, shape, HEADS, BN, WINDOWED, PACKED, TABLE)  # fmt: skip
         hk = h // shape[1]
-        mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
-        mbarrier.expect(q_full.index(0), GROUPS * q_desc.block_type.nbytes)
+        side = turn % SIDES
+        mbarrier.wait(q_empty.index(side), phase(turn, SIDES) ^ 1)
+        mbarrier.expect(q_full.index(side), GROUPS * q_desc.block_type.nbytes)
         for c in gl.static_range(GROUPS):
-            load_async(q_desc, [batch, q_row + c * (ROWS // HEADS), h, 0], q_full.index(0), q_buf.index(c))
+            q_slot = q_buf.index(side * GROUPS + c)
+            load_async(q_desc, [batch, q_row + c * (ROWS // HEADS), h, 0], q_full.index(side), q_slot)
         for i in range(high - low):
             n = k_row + (high - 1 - i) * BN
             slot = used % STAGES
@@ -127,7 +131,6 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
     q_buf, k_buf, v_buf = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, blanked = bars
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh = strides
-    qt = q_buf.index(C).reshape([ROWS, D])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     used = 0
     turn = 0
@@ -138,7 +141,9 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
         query = C * (ROWS // HEADS) + row // HEADS
         pos = offset + start + query
         lo, hi = first_seen(pos, window, WINDOWED), end_seen(pos, length, stride, k_len)
-        mbarrier.wait(q_full.index(0), turn & 1)
+        side = turn % SIDES
+        qt = q_buf.index(side * GROUPS + C).reshape([ROWS, D])
+        mbarrier.wait(q_full.index(side), phase(turn, SIDES))
         # The last tile: nothing to accumulate yet.
         slot = used % STAGES
         mbarrier.wait(k_full.index(slot), phase(used, STAGES))
@@ -175,7 +180,7 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
                 pt, acc, m, l = _step(mid0 - 1 - i, low, qt, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
                                       True, BN, D, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
                 used += 1
-        mbarrier.arrive(q_empty.index(0), count=1)
+        mbarrier.arrive(q_empty.index(side), count=1)
         slot = (used - 1) % STAGES
         mbarrier.wait(v_full.index(slot), phase(used - 1, STAGES))
         acc = warpgroup_mma(pt, v_buf.index(slot).reshape([BN, DV]), acc, is_async=True)
@@ -215,11 +220,11 @@ def interval_forward_kernel(
     WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS // HEADS, HEADS, D], q_desc.layout)
+    q_buf = gl.allocate_shared_memory(TYPE, [SIDES * GROUPS, 1, ROWS // HEADS, HEADS, D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(TYPE, [STAGES, 1, BN, 1, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(TYPE, [STAGES, 1, BN, 1, DV], v_desc.layout)
     o_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS // HEADS, HEADS, DV], o_desc.layout)
-    bars = (barriers(1, 1), barriers(1, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
+    bars = (barriers(SIDES, 1), barriers(SIDES, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
             barriers(STAGES, GROUPS), barriers(1, GROUPS))  # fmt: skip
     fence_async_shared()
     where = (tile_count, per_seq, tile_seq, tile_first, table, q_len, k_len, offset)
