@@ -3,6 +3,7 @@ twin's."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 import shutil
@@ -21,7 +22,7 @@ from torch import Tensor
 import nsa
 from nsa import ops
 from nsa.kernels import cuda, launch
-from nsa.kernels.cuda import nvrtc
+from nsa.kernels.cuda import nvrtc, selected_dq, selected_lists
 from nsa.kernels.cuda import selected_forward as kernels
 from tests import naive
 from tests.cases import Case
@@ -35,44 +36,49 @@ NVCC = shutil.which("nvcc") or next(map(str, sorted(Path("/usr/local").glob("cud
 LAYOUT = """#include "{source}"
 static_assert(sizeof(Call) == {size});
 {fields}
-static_assert(SIZE == {block} && D == {dim} && G == {group} && R == {queries} && WIDTH == {width} && ITEM == {item});
-static_assert(THREADS == {threads} && R * WIDTH == {list_threads} && 1023 + BARRIERS + (2 * SLOTS + 1) * 8 <= {shared});
+static_assert(SIZE == {block} && D == {dim} && G == {group} && R == {queries} && WIDTH == {width});
+static_assert(Item<R>::WORDS == {item} && THREADS == {threads} && 1023 + BARRIERS + (2 * SLOTS + 1) * 8 <= {shared});
 """
+SPILLS = {"selected_forward": 32, "selected_dq": 0}  # bytes that a thread may store
+EACH = pytest.mark.parametrize(("name", "dtype"), [*itertools.product(SPILLS, DTYPES)], ids=str)
+LAUNCHERS = {"selected_forward": kernels, "selected_dq": selected_dq}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiles_by_nvcc(dtype: torch.dtype, tmp_path: Path) -> None:
+@EACH
+def test_compiles_by_nvcc(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Within registers and shared memory; and what the launcher says twice is said alike."""
+    launcher: Any = LAUNCHERS[name]
     if NVCC is None:
         pytest.skip("there is no nvcc here")
     source = tmp_path / "layout.cu"
     fields = [
-        f"static_assert(__builtin_offsetof(Call, {x[0]}) == {getattr(kernels.Call, x[0]).offset});"
-        for x in kernels.Call._fields_
+        f"static_assert(__builtin_offsetof(Call, {x[0]}) == {getattr(launcher.Call, x[0]).offset});"
+        for x in (*selected_lists.Lists._fields_, *launcher.Call._fields_)
     ]
     source.write_text(LAYOUT.format(
-        source=nvrtc.SOURCES / "selected_forward.cu", size=kernels.ctypes.sizeof(kernels.Call), fields="\n".join(fields),
-        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=cuda.GROUP, queries=kernels.QUERIES, width=cuda.WIDTH, item=kernels.ITEM,
-        threads=kernels.THREADS, list_threads=kernels.LIST_THREADS, shared=kernels.SHARED,
+        source=nvrtc.SOURCES / f"{name}.cu", size=ctypes.sizeof(launcher.Call), fields="\n".join(fields),
+        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=cuda.GROUP, queries=launcher.QUERIES, width=cuda.WIDTH,
+        item=selected_lists.item_words(launcher.QUERIES), threads=launcher.THREADS, shared=launcher.SHARED,
     ))  # fmt: skip
-    command = [NVCC, "-cubin", "-o", str(tmp_path / "layout.cubin"), "--ptxas-options=-v", *kernels.options(dtype), str(source)]
+    options = selected_lists.options(dtype)
+    command = [NVCC, "-cubin", "-o", str(tmp_path / "layout.cubin"), "--ptxas-options=-v", *options, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
     assert "setmaxnreg" not in said, said  # ptxas says so where it ignores it
     assert max(int(x) for x in re.findall(r"Used (\d+) registers", said)) <= 168
-    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= 32
-    assert kernels.SHARED <= 232448
+    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= SPILLS[name]
+    assert launcher.SHARED <= 232448
     assert max(map(int, re.findall(r"(\d+) bytes smem", said))) + 2 * cuda.MOST_KEYS // cuda.SIZE // 32 * 4 <= 48 << 10
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiles_by_nvrtc(dtype: torch.dtype) -> None:
+@EACH
+def test_compiles_by_nvrtc(name: str, dtype: torch.dtype) -> None:
     try:
         nvrtc.library()
     except nvrtc.Unavailable as reason:
         pytest.skip(str(reason))
-    assert nvrtc._compile("selected_forward.cu", nvrtc.sources(), kernels.options(dtype)).startswith(b"\x7fELF")
+    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype)).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +159,14 @@ def test_does_without_a_cache(compiled: list[Any], tmp_path: Path, monkeypatch: 
     assert nvrtc.cubin("selected_forward.cu", ()) == b"selected_forward.cu"
 
 
+@pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("fails", ["library", "version"])
-def test_says_why_its_twin_runs(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_why_its_twin_runs(name: str, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher: Any = LAUNCHERS[name]
     monkeypatch.setattr(nvrtc, fails, mock.Mock(side_effect=nvrtc.Unavailable("the reason")))
-    with pytest.warns(RuntimeWarning, match="slower kernel: the reason"):
-        assert kernels.program.__wrapped__(torch.bfloat16, 0) is None
+    with pytest.warns(RuntimeWarning, match=f"{name} takes its slower kernel: the reason") as warned:
+        assert launcher.program.__wrapped__(torch.bfloat16, 0) is None
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize(

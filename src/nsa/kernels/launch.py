@@ -50,23 +50,29 @@ def interval_backward(
     return dq, dk, dv
 
 
+def _in_cuda(q: Tensor, k: Tensor, v: Tensor, width: int, size: int) -> bool:
+    """Whether kernels in CUDA C++ compute the selected branch of such a call."""
+    group, arch = q.shape[2] // k.shape[2], tuning.arch(q.device)
+    refused = cuda.supports(q.dtype, q.shape[-1], v.shape[-1], group, size, width, k.shape[1], arch)
+    # Where kernels are only compiled, there is no driver to ask.
+    return refused is None and _on_hopper(q, v.shape[-1]) and q.device.type == "cuda"
+
+
 def _selected(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, spans: Spans, size: int, softmax_scale: float, mix: Mix | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The selected branch's output, its lse, and with ``mix`` the gated sum, if the kernel has it in its epilogue."""
     dim, value_dim, group, width = q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2], indices.shape[-1]
-    arch, hopper = tuning.arch(q.device), _on_hopper(q, v.shape[-1])
-    refused = cuda.supports(q.dtype, dim, value_dim, group, size, width, k.shape[1], arch)
-    if hopper and refused is None and q.device.type == "cuda":  # where kernels are only compiled, there is no driver to ask
+    if _in_cuda(q, k, v, width, size):
         from nsa.kernels.cuda.selected_forward import program
         from nsa.kernels.cuda.selected_forward import selected_forward as in_cuda
 
         loaded = program(q.dtype, q.device.index)
         if loaded is not None:
             return in_cuda(loaded, q, k, v, indices, spans, softmax_scale, mix)
-    tile = tuning.selected_forward(dim, value_dim, q.dtype, group, size, arch)
+    tile = tuning.selected_forward(dim, value_dim, q.dtype, group, size, tuning.arch(q.device))
     lists = union_lists(indices, spans, tuning.union_queries(group, width, tile.block_m), size)
-    if hopper and dim == value_dim and size == 64 and lists.queries * group <= 64:
+    if _on_hopper(q, value_dim) and dim == value_dim and size == 64 and lists.queries * group <= 64:
         from nsa.kernels.hopper.selected_forward import selected_forward as in_gluon
 
         return in_gluon(q, k, v, lists, spans, size, softmax_scale, mix)
@@ -80,6 +86,40 @@ def selected_forward(
 ) -> tuple[Tensor, Tensor]:
     """As ``interval_forward``, over the blocks of ``size`` tokens in ``indices`` int32 ``[B, TQ, HK, width]``, contiguous."""
     return _selected(q, k, v, indices, spans, size, softmax_scale, None)[:2]
+
+
+def selected_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, indices: Tensor, spans: Spans,
+    size: int, softmax_scale: float, need: tuple[bool, bool], dq: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As ``interval_backward``, of ``gate * selected_forward``."""
+    dk = dv = None
+    if need[0]:
+        dq = _selected_dq(q, k, v, do, shift, delta, indices, spans, size, softmax_scale, dq)
+    if need[1]:
+        from nsa.kernels.triton.selected_backward import selected_dkv
+
+        dk, dv = selected_dkv(q, k, v, do, shift, delta, indices, spans, size, softmax_scale)
+    return dq, dk, dv
+
+
+def _selected_dq(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, indices: Tensor, spans: Spans,
+    size: int, softmax_scale: float, dq: Tensor | None,
+) -> Tensor:  # fmt: skip
+    group, width = q.shape[2] // k.shape[2], indices.shape[-1]
+    if _in_cuda(q, k, v, width, size):
+        from nsa.kernels.cuda.selected_dq import program
+        from nsa.kernels.cuda.selected_dq import selected_dq as in_cuda
+
+        loaded = program(q.dtype, q.device.index)
+        if loaded is not None:
+            return in_cuda(loaded, q, k, v, do, shift, delta, indices, spans, softmax_scale, dq)
+    from nsa.kernels.triton.selected_backward import selected_dq as portable
+
+    tile = tuning.selected_dq(q.shape[-1], v.shape[-1], q.dtype, group, size, tuning.arch(q.device))
+    lists = union_lists(indices, spans, tuning.union_queries(group, width, tile.block_m), size)
+    return portable(q, k, v, do, shift, delta, lists, spans, size, softmax_scale, dq)
 
 
 def selected_and_combined(

@@ -169,22 +169,15 @@ def selected_backward_op(
     size: int, scale: float, need_q: bool, need_kv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; an empty tensor for what is not needed."""
-    from nsa import tuning
-    from nsa.kernels.triton import selected_backward as kernels
+    from nsa.kernels import launch as kernels
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.statistics import row_statistics
-    from nsa.kernels.triton.union import union_lists
 
     with on_device_of(q):
         q, k, v, do, indices = kernel_rows(q), kernel_rows(k), kernel_rows(v), kernel_rows(do), indices.contiguous()
         where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), 1, 1)
-        group = q.shape[2] // k.shape[2]
-        tile = tuning.selected_dq(q.shape[-1], v.shape[-1], q.dtype, group, size, tuning.arch(q.device))
-        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
-        lists = union_lists(indices, where, queries, size) if need_q else None
-        grads = kernels.selected_backward(
-            q, k, v, do, *row_statistics(o, do, lse), indices, lists, where, size, scale, (need_q, need_kv)
-        )  # fmt: skip
+        statistics = row_statistics(o, do, lse)
+        grads = kernels.selected_backward(q, k, v, do, *statistics, indices, where, size, scale, (need_q, need_kv))
     return _present(q, grads)
 
 

@@ -85,12 +85,9 @@ def attention_backward_op(
     need_q: bool, need_kv: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv of each branch, dgates; an empty tensor for what is not needed. ``o``, ``lse``, ``need_kv`` by branch."""
-    from nsa import tuning
-    from nsa.kernels.launch import interval_backward
-    from nsa.kernels.triton.selected_backward import selected_backward
+    from nsa.kernels.launch import interval_backward, selected_backward
     from nsa.kernels.triton.sequence import spans
     from nsa.kernels.triton.statistics import gate_statistics
-    from nsa.kernels.triton.union import union_lists
 
     with on_device_of(q):
         info = sequence_info(q, cu_q, cu_k, lens, seqlen_k)
@@ -104,12 +101,8 @@ def attention_backward_op(
         )
         grads += found
         where = spans(q.shape[1], k_slc.shape[1], info, 1, 1)
-        group = q.shape[2] // k_slc.shape[2]
-        tile = tuning.selected_dq(q.shape[-1], v_slc.shape[-1], q.dtype, group, size, tuning.arch(q.device))
-        queries = tuning.union_queries(group, indices.shape[-1], tile.block_m)
-        lists = union_lists(indices, where, queries, size) if need_q else None
         dq, *found = selected_backward(
-            q, k_slc, v_slc, do, shift[1], delta[1], indices, lists, where, size, scale, (need_q, need_kv[1]), dq
+            q, k_slc, v_slc, do, shift[1], delta[1], indices, where, size, scale, (need_q, need_kv[1]), dq
         )
         grads += found
         where = spans(q.shape[1], k_win.shape[1], info, 1, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from nsa.kernels.cuda.nvrtc import Unavailable
 
 MAP_BYTES = 128
+COLUMNS = 64  # that the widest swizzle takes
 MAX_DYNAMIC_SHARED = 8  # a function's attribute
 FLOAT16, BFLOAT16 = 6, 9  # element types of a map
 NO_INTERLEAVE, SWIZZLE_128, PROMOTE_256, FILL_ZEROS = 0, 3, 3, 0
@@ -81,18 +82,19 @@ def load(code: bytes, device: int) -> ctypes.c_void_p:
     return module
 
 
-def describe(to: int, x: Tensor, columns: int, rows: int) -> None:
-    """At ``to``, aligned to 64 bytes, a map of ``x [B, T, H, D]`` in boxes of ``rows`` rows of a head by ``columns``, swizzled.
+def describe(to: int, x: Tensor, rows: int, heads: int) -> None:
+    """At ``to``, aligned to 64 bytes, a map of 16-bit ``x [B, T, H, D]`` in boxes of ``rows`` rows of ``heads`` heads by
+    ``COLUMNS``, swizzled.
 
     What a box has outside of ``x`` is 0.
     """
-    batch, tokens, heads, dim = x.shape
+    batch, tokens, every_head, dim = x.shape
     # The stride of an axis of length 1 is never used, and may be anything but what the hardware takes.
-    strides = [s if size > 1 else dim for size, s in zip((heads, tokens, batch), (x.stride(2), x.stride(1), x.stride(0)))]
+    strides = [s if size > 1 else dim for size, s in zip((every_head, tokens, batch), (x.stride(2), x.stride(1), x.stride(0)))]
     four, bytes_apart = ctypes.c_uint32 * 4, (ctypes.c_uint64 * 3)(*(s * x.element_size() for s in strides))
     code = library().cuTensorMapEncodeTiled(
         to, FLOAT16 if x.dtype == torch.float16 else BFLOAT16, 4, x.data_ptr(),
-        (ctypes.c_uint64 * 4)(dim, heads, tokens, batch), bytes_apart, four(columns, 1, rows, 1), four(1, 1, 1, 1),
+        (ctypes.c_uint64 * 4)(dim, every_head, tokens, batch), bytes_apart, four(COLUMNS, heads, rows, 1), four(1, 1, 1, 1),
         NO_INTERLEAVE, SWIZZLE_128, PROMOTE_256, FILL_ZEROS,
     )  # fmt: skip
     check(code, f"describing a tensor of shape {[*x.shape]} and strides {[*x.stride()]}")

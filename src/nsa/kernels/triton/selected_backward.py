@@ -199,48 +199,54 @@ def reduce_kernel(
     tl.store(out + place * D + dims[None, :], acc.to(out.dtype.element_ty), mask=inside & (first + keys < k_len)[:, None])
 
 
-def selected_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, indices: Tensor,
-    lists: UnionLists | None, spans: Spans, size: int, softmax_scale: float, need: tuple[bool, bool], dq: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dq, dk, dv of ``gate * selected_forward``; ``need`` says whether those of the queries and those of keys and values are
-    wanted. Those of the queries are added to ``dq`` where there is one.
-
-    do ``[B, TQ, HQ, DV]``; shift, which carries the gate, and delta fp32 ``[B, HQ, TQ]``, of one layout; ``lists`` for the
-    queries only.
-    """
-    group = q.shape[2] // k.shape[2]
-    shared = {
-        "G": group, "SIZE": size, "D": q.shape[-1], "DV": v.shape[-1],
+def _shape(q: Tensor, k: Tensor, v: Tensor, spans: Spans, size: int) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    return {
+        "G": q.shape[2] // k.shape[2], "SIZE": size, "D": q.shape[-1], "DV": v.shape[-1],
         "BD": tuning.padded_dim(q.shape[-1]), "BDV": tuning.padded_dim(v.shape[-1]),
         "PACKED": spans.packed, "TABLE": spans.table is not None,
     }  # fmt: skip
-    scale = softmax_scale * LOG2E.value
 
-    dk = dv = None
-    if need[0]:
-        assert lists is not None
-        add = dq is not None
-        dq = new_gradient(q, spans) if dq is None else dq
-        tune = tuning.selected_dq(q.shape[-1], v.shape[-1], q.dtype, group, size, tuning.arch(q.device))
-        side = min(group, tune.block_m)
-        if lists.tiles.count:
-            selected_dq_kernel[(lists.tiles.count * k.shape[2] * triton.cdiv(group, side),)](
-                q, descriptor(k, tune.block_n), descriptor(v, tune.block_n), do, shift, delta, dq, int(add),
-                lists.blocks, lists.masks, lists.counts,
-                *q.stride()[:3], *do.stride()[:3], *shift.stride()[:2], *dq.stride()[:3],
-                lists.tiles.per_seq, lists.tiles.seq, lists.tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
-                k.shape[2], scale, softmax_scale,
-                R=lists.queries, HEADS=side, LENGTH=lists.blocks.shape[2],
-                BM=tuning.padded(lists.queries * side), BN=tune.block_n, **shared,
-                num_warps=tune.num_warps, num_stages=tune.num_stages,
-            )  # fmt: skip
-    if need[1]:
-        dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        if q.shape[1] and k.shape[1]:
-            inverse = inverse_lists(indices, spans, size, SPLIT)
-            _keys_values(q, k, v, do, shift, delta, dk, dv, inverse, spans, scale, softmax_scale, shared)
-    return dq, dk, dv
+
+def selected_dq(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, lists: UnionLists, spans: Spans,
+    size: int, softmax_scale: float, dq: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dq of ``gate * selected_forward``, added to ``dq`` where there is one.
+
+    do ``[B, TQ, HQ, DV]``; shift, which carries the gate, and delta fp32 ``[B, HQ, TQ]``, of one layout.
+    """
+    add = dq is not None
+    dq = new_gradient(q, spans) if dq is None else dq
+    kv_heads = k.shape[2]
+    group = q.shape[2] // kv_heads
+    tune = tuning.selected_dq(q.shape[-1], v.shape[-1], q.dtype, group, size, tuning.arch(q.device))
+    side = min(group, tune.block_m)
+    if lists.tiles.count:
+        selected_dq_kernel[(lists.tiles.count * kv_heads * triton.cdiv(group, side),)](
+            q, descriptor(k, tune.block_n), descriptor(v, tune.block_n), do, shift, delta, dq, int(add),
+            lists.blocks, lists.masks, lists.counts,
+            *q.stride()[:3], *do.stride()[:3], *shift.stride()[:2], *dq.stride()[:3],
+            lists.tiles.per_seq, lists.tiles.seq, lists.tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
+            kv_heads, softmax_scale * LOG2E.value, softmax_scale,
+            R=lists.queries, HEADS=side, LENGTH=lists.blocks.shape[2],
+            BM=tuning.padded(lists.queries * side), BN=tune.block_n, **_shape(q, k, v, spans, size),
+            num_warps=tune.num_warps, num_stages=tune.num_stages,
+        )  # fmt: skip
+    return dq
+
+
+def selected_dkv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, shift: Tensor, delta: Tensor, indices: Tensor, spans: Spans,
+    size: int, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv of ``gate * selected_forward``; ``indices`` int32 ``[B, TQ, HK, width]``, the others as ``selected_dq``."""
+    dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    if q.shape[1] and k.shape[1]:
+        inverse, scale = inverse_lists(indices, spans, size, SPLIT), softmax_scale * LOG2E.value
+        shared = _shape(q, k, v, spans, size)
+        _keys_values(q, k, v, do, shift, delta, dk, dv, inverse, spans, scale, softmax_scale, shared)
+    return dk, dv
 
 
 def _keys_values(

@@ -1,0 +1,247 @@
+// Gradient of the queries of selected attention on Hopper, a warp for each query: in the form of selected_forward.cu.
+//
+// A tile has R queries, and a warp one of them with all G heads. A pair of a query and a block reads 48 KB of shared memory: keys,
+// values, and the keys again, turned. So a warp keeps its query and dO in registers, where they come through the ring like the
+// blocks; the room that they would take in shared memory makes the ring longer.
+#include "ring.cuh"
+
+namespace {
+
+constexpr int R = 8, WARPS = 8;                  // queries of a tile, warps that multiply, each for one query
+constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
+constexpr int SLOTS = 14;                        // of the ring, each the keys or the values of a block, or what SHARE queries need
+constexpr int SHARE = TILE_BYTES / (2 * QUERY_BYTES), AHEAD = R / SHARE;  // and so many of these come ahead of a tile's blocks
+constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
+
+static_assert(R == WARPS && SHARE * 2 * QUERY_BYTES == TILE_BYTES && AHEAD * SHARE == R);
+using In = Item<R>;
+
+}  // namespace
+
+// The arguments.
+struct Call : Lists {
+  const float* shift;     // [B, HQ, rows], of rows' scores, in units of log2; it carries the gate, whose sign is the lowest bit
+  const float* delta;     // as shift
+  i64 stat_batch, stat_head;  // strides of both
+  u16* dq;                // [B, rows, HQ, D] with the strides below
+  i64 dq_batch, dq_row, dq_head;
+  int add;                // to what dq holds
+  float scale, scale2;    // the softmax's, and with log2(e)
+  u32 zero;               // 0, which the compiler must not know
+};
+
+extern "C" __global__ void __launch_bounds__(R * WIDTH) selected_lists(const Lists c) { make_lists<R, 1>(c); }
+
+// ---- gradient
+
+namespace {
+
+struct Rows {  // of the query, its G heads: 4 neighbouring lanes hold rows lane / 4 and lane / 4 + 8
+  float acc[D / 8][4], shift[2], delta[2];
+};
+
+struct Left {  // the left operands of a block's first two products
+  u32 q[D / 16][4], g[D / 16][4];  // g of dO
+};
+
+// s += A B^T; `b_at` at the lane's row of B.
+__device__ __forceinline__ void product(float (&s)[8][4], const u32 (&a)[D / 16][4], u32 b_at) {
+#pragma unroll
+  for (int d = 0; d < D / 16; d++)
+#pragma unroll
+    for (int keys = 0; keys < SIZE / 16; keys++) {
+      u32 b[4];
+      load_matrices(b, (b_at ^ (d & 3) * 32) + (d >> 2) * (TILE_BYTES / 2) + keys * 2048);
+      multiply_add(s[2 * keys], a[d], b[0], b[1]);
+      multiply_add(s[2 * keys + 1], a[d], b[2], b[3]);
+    }
+}
+
+// A block, which begins at the sequence's key `key`, into the query's gradient: load `load` is its keys, the next its values.
+// What the tile's head says is taken out of it where it is needed: registers are short.
+__device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, int key, u32 head, Rows& x, const Left& left, u32 straight,
+                                          u32 turned, float scale2, int warp, int lane) {
+  const u32 k_slot = ring.wait(load), k_tile = ring.slots + k_slot * TILE_BYTES;
+  int end = word(head, END) - key;  // keys of the block that are of the sequence
+  if (end < SIZE) blank_past(k_tile, end, lane);  // the last product takes 0 times these rows
+  float p[8][4];
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) p[i][j] = 0;
+  product(p, left.q, k_tile + straight);
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) p[i][j] = exp2_fast(fmaf(p[i][j], scale2, -x.shift[j >> 1]));
+  const int last = word(head, POSITION) + warp - key;  // of the block's keys, that the query sees
+  if (last < SIZE - 1) hide_future(p, last, lane, 0);
+  float dp[8][4];  // less delta
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) dp[i][j] = -x.delta[j >> 1];
+  const u32 v_slot = ring.wait(load + 1), v_tile = ring.slots + v_slot * TILE_BYTES;
+  end = word(head, END) - key;
+  if (end < SIZE) blank_past(v_tile, end, lane);
+  product(dp, left.g, v_tile + straight);
+  u32 after = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) after |= __float_as_uint(dp[i][0]);
+  ring.leave(v_slot, after, lane);
+  u32 ds[1][4][4];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    ds[0][i / 2][i % 2 * 2] = pack(p[i][0] * dp[i][0], p[i][1] * dp[i][1]);
+    ds[0][i / 2][i % 2 * 2 + 1] = pack(p[i][2] * dp[i][2], p[i][3] * dp[i][3]);
+  }
+  add_product<1>(ds, x.acc, x.acc, k_tile + turned);
+  after = 0;
+#pragma unroll
+  for (int i = 0; i < D / 8; i++) after |= __float_as_uint(x.acc[i][0]);
+  ring.leave(k_slot, after, lane);
+}
+
+// The query's rows to memory; `row` of it in its batch. `signs`: bit h, whether the gate of row h is negative.
+__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int row, int hk, u32 signs, int lane) {
+  const int j = lane & 3;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float scale = signs >> h & 1 ? -c.scale : c.scale;
+    const int head = hk * G + (lane >> 2) + 8 * h;
+    uint4* to = reinterpret_cast<uint4*>(c.dq + batch * c.dq_batch + row * c.dq_row + head * c.dq_head) + j;
+    uint4 old[4];
+    if (c.add) {
+#pragma unroll
+      for (int m = 0; m < 4; m++) old[m] = to[4 * m];
+    }
+#pragma unroll
+    for (int m = 0; m < 4; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
+      float sum[4][2];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) sum[i][k] = x.acc[4 * m + i][2 * h + k] * scale;
+      if (c.add) {  // what was there goes the other way through the exchange, which is its own inverse: the sum is rounded once
+        u32 w[4] = {old[m].x, old[m].y, old[m].z, old[m].w};
+        transpose(w, j);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+          for (int k = 0; k < 2; k++) sum[i][k] += widen((u16)(w[i] >> 16 * k));
+      }
+      u32 w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = pack(sum[i][0], sum[i][1]);
+      transpose(w, j);
+      to[4 * m] = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+
+// The loads of a tile ahead of its blocks: of each query its heads in boxes of 64 columns, then those of dO. Past a sequence's end
+// come others' rows, and past the tensor's zeros: nobody uses them.
+__device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMap* q_map, const TensorMap* g_map, u32 head) {
+  const int batch = word(head, BATCH), first = word(head, ROW), of = word(head, KV_HEAD) * G;
+  for (int row = first; row < first + R; row += SHARE)
+    loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
+      for (int n = 0; n < SHARE; n++)
+        for (int i = 0; i < 2; i++, to += QUERY_BYTES) {
+          load_box(to, i ? g_map : q_map, full, 0, of, row + n, batch);
+          load_box(to + QUERY_BYTES / 2, i ? g_map : q_map, full, D / 2, of, row + n, batch);
+        }
+    });
+}
+
+// What the query's rows have in `shift` and `delta`, if there is a query.
+__device__ __forceinline__ void load_statistics(Rows& x, const Call& c, u32 head, int warp, int lane) {
+  const int batch = word(head, BATCH), row = word(head, ROW) + warp, hk = word(head, KV_HEAD);
+  if (warp >= word(head, QUERIES)) return;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const i64 at = batch * c.stat_batch + (hk * G + (lane >> 2) + 8 * h) * c.stat_head + row;
+    x.shift[h] = c.shift[at];
+    x.delta[h] = c.delta[at];
+  }
+}
+
+// The warp's query and dO out of load `load`, which SHARE warps want.
+__device__ __forceinline__ void take_queries(Left& left, Ring<SLOTS>& ring, u32 load, int warp, u32 turned, int lane) {
+  const u32 slot = ring.wait(load);
+  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * (2 * QUERY_BYTES), after = 0;
+  asm volatile("" : "+r"(at));  // made here, not kept
+  at += turned;
+#pragma unroll
+  for (int d = 0; d < D / 16; d++) {
+    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (QUERY_BYTES / 2));
+    load_matrices(left.g[d], (at ^ (d & 3) * 32) + (d >> 2) * (QUERY_BYTES / 2) + QUERY_BYTES);
+    after |= left.q[d][0] | left.g[d][0];
+  }
+  ring.leave(slot, after, lane);
+}
+
+__device__ __forceinline__ u32 own_list(const Call& c, int i, int warp, int lane) {
+  return lane < WIDTH ? c.lists[(i64)i * In::WORDS + In::OWN + warp * WIDTH + lane] : 0;
+}
+
+__device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int warp, int lane) {
+  const int items = c.tiles * c.kv_heads;
+  const u32 straight = straight_at(lane), turned = turned_at(lane);
+  Left left;
+  Rows x;
+  x.shift[0] = x.shift[1] = x.delta[0] = x.delta[1] = 0;
+  u32 first = 0;  // loads of the tiles before
+  int i = blockIdx.x;
+  u32 head = head_of<R>(c, i, items, lane), next = head_of<R>(c, i + gridDim.x, items, lane);
+  u32 list = own_list(c, i, warp, lane);
+  load_statistics(x, c, head, warp, lane);
+  while (i < items) {
+#pragma unroll
+    for (int d = 0; d < D / 8; d++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) x.acc[d][j] = 0;
+    __syncwarp();
+    take_queries(left, ring, first + warp / SHARE, warp, turned, lane);
+#pragma unroll 1
+    for (int e = 0; e < WIDTH; e++) {
+      const u32 entry = __shfl_sync(~0u, list, e);
+      if (entry == 0) break;
+      const u32 load = first + AHEAD + 2 * (entry >> 20 & 0x1ff);
+      add_block(ring, load, (int)(entry & 0xfffff) * SIZE, head, x, left, straight, turned, c.scale2, warp, lane);
+    }
+    __syncwarp();
+    const int batch = word(head, BATCH), row = word(head, ROW) + warp, hk = word(head, KV_HEAD);
+    const bool stored = warp < word(head, QUERIES);
+    const u32 signs = (__float_as_uint(x.shift[0]) & 1) | (__float_as_uint(x.shift[1]) & 1) << 1;
+    first += AHEAD + 2 * word(head, COUNT);
+    // What the next tile needs comes while this one's rows are written.
+    i += gridDim.x;
+    head = next;
+    next = head_of<R>(c, i + gridDim.x, items, lane);
+    if (i < items) {
+      list = own_list(c, i, warp, lane);
+      load_statistics(x, c, head, warp, lane);
+    }
+    if (stored) finish(x, c, batch, row, hk, signs, lane);
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+selected_dq(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+            const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap g_map, const __grid_constant__ Call c) {
+  extern __shared__ unsigned char memory[];
+  Ring<SLOTS> ring(memory, BARRIERS, c.zero);
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  ring.begin(WARPS);
+  // Registers move only within what the CTA was given: 12 warps of 168.
+  if (warp >= WARPS) {
+    fewer_registers<24>();
+    const auto ahead = [&](Loads<SLOTS>& loads, u32 head) { load_queries(loads, &q_map, &g_map, head); };
+    if (warp == WARPS) load_blocks<R, WARPS>(ring, &k_map, &v_map, c, lane, ahead);
+  } else {
+    more_registers<240>();
+    multiply(ring, c, warp, lane);
+  }
+}

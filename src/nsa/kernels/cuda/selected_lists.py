@@ -1,0 +1,98 @@
+"""What the kernels over a selection have in common: lists of what each warp computes, of ``selected_lists.cuh``."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa import tuning
+from nsa.kernels.cuda import SIZE, WIDTH, driver, nvrtc
+from nsa.kernels.triton.sequence import Spans
+
+
+class Lists(ctypes.Structure):
+    """``Lists`` of the source; the comments are there. A kernel's arguments begin with it.
+
+    Attributes:
+        held: tensors that nobody else holds till the launch.
+    """
+
+    held: tuple[Tensor | None, ...]
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tile_seq", "tile_first", "table")),
+        *((name, ctypes.c_int) for name in (
+            "per_seq", "q_len", "k_len", "offset", "rows", "tiles", "heads", "kv_heads", "covers_keys", "width", "words",
+        )),
+        *((name, ctypes.c_void_p) for name in ("indices", "lists")),
+    )  # fmt: skip
+
+
+def item_words(queries: int) -> int:
+    """The words of a tile's lists."""
+    return 2 * queries * WIDTH + 8
+
+
+def fill(call: Lists, indices: Tensor, spans: Spans, queries: int, heads: int) -> bool:
+    """Say what to list, in tiles of ``queries``: ``indices`` int32 ``[B, TQ, HK, width]``, contiguous, for ``heads`` of q.
+
+    Whether there is anything to compute.
+    """
+    rows, kv_heads, width = indices.shape[1:]
+    tiles = spans.query_tiles(queries)
+    items = tiles.count * kv_heads
+    lists = torch.empty(items, item_words(queries), dtype=torch.int32, device=indices.device)
+    call.held = lists, tiles.seq, tiles.first
+    call.tile_seq, call.tile_first, call.table = map(_address, (tiles.seq, tiles.first, spans.table))
+    call.per_seq, call.q_len, call.k_len, call.offset = tiles.per_seq, spans.q_len, spans.k_len, spans.offset
+    call.rows, call.tiles, call.heads, call.kv_heads = rows, tiles.count, heads, kv_heads
+    call.covers_keys, call.width = spans.covers_keys, width
+    call.words = triton.cdiv(triton.cdiv(spans.rows_k, SIZE), 32)
+    call.indices, call.lists = indices.data_ptr(), lists.data_ptr()
+    return items > 0
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def options(dtype: torch.dtype) -> tuple[str, ...]:
+    return ("--gpu-architecture=sm_90a", "--std=c++17", *(["--define-macro=FP16"] if dtype == torch.float16 else []))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel and that of its lists, loaded on a device. ``shared`` bytes of a block."""
+
+    lists: driver.Kernel
+    kernel: driver.Kernel
+    shared: int
+
+    def launch(self, call: Lists, boxes: Sequence[tuple[Tensor, int, int]], device: torch.device) -> None:
+        """``call`` filled; ``boxes`` the tensors that are loaded in boxes, with the rows and heads of a box."""
+        # Nobody reads an empty tensor, but none can be described.
+        boxes = [(x if x.numel() else x.new_zeros(1, 1, *x.shape[2:]), rows, heads) for x, rows, heads in boxes]
+        room = ctypes.create_string_buffer(len(boxes) * driver.MAP_BYTES + 63)
+        maps = [(ctypes.addressof(room) + 63 & ~63) + i * driver.MAP_BYTES for i in range(len(boxes))]
+        for at, box in zip(maps, boxes):
+            driver.describe(at, *box)
+        driver.enter(device.index)
+        self.lists.launch((call.tiles, call.kv_heads), 2 * call.words * 4, [ctypes.addressof(call)])
+        grid = min(call.tiles * call.kv_heads, tuning.multiprocessors(device))
+        self.kernel.launch((grid, 1), self.shared, [*maps, ctypes.addressof(call)])
+
+
+def load(name: str, queries: int, threads: int, shared: int, dtype: torch.dtype, device: int) -> Program | None:
+    """The kernel ``name`` on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
+    try:
+        module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype)), device)
+        lists = driver.Kernel(module, "selected_lists", queries * WIDTH, 0)
+        return Program(lists, driver.Kernel(module, name, threads, shared), shared)
+    except (nvrtc.Unavailable, RuntimeError) as reason:
+        warnings.warn(f"{name} takes its slower kernel: {reason}", RuntimeWarning, stacklevel=3)
+        return None

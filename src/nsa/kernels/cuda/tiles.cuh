@@ -1,0 +1,74 @@
+// Tiles of keys, values and queries in shared memory, and the fragments of them that a warp's products take.
+#pragma once
+#include "instructions.cuh"
+
+namespace {
+
+constexpr int D = 128, G = 16, SIZE = 64;  // head dim, heads of a group, keys of a selection block
+constexpr int TILE_BYTES = SIZE * D * 2, QUERY_BYTES = G * D * 2;
+static_assert(G == 16, "a fragment has 16 rows");
+
+// A tile is two boxes of 64 columns, swizzled. Lanes 8 i to 8 i + 7 give the rows of matrix i of a 16 x 16 piece; ^ 32 i goes 16 i
+// columns on within a box.
+// Keys, and values that aren't turned: rows 0 to 7 (columns 0 to 7, 8 to 15), then rows 8 to 15.
+__device__ __forceinline__ u32 straight_at(int lane) {
+  return ((lane >> 4) * 8 + (lane & 7)) * 128 + ((lane >> 3 & 1) ^ (lane & 7)) * 16;
+}
+// Queries, and what is turned: columns 0 to 7 (rows 0 to 7, 8 to 15), then columns 8 to 15.
+__device__ __forceinline__ u32 turned_at(int lane) {
+  return ((lane >> 3 & 1) * 8 + (lane & 7)) * 128 + ((lane >> 4) ^ (lane & 7)) * 16;
+}
+
+// Of scores or probabilities, those of keys behind the block's key `last` become `hidden`.
+__device__ __forceinline__ void hide_future(float (&s)[SIZE / 8][4], int last, int lane, float hidden) {
+#pragma unroll
+  for (int i = 0; i < SIZE / 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (i * 8 + (lane & 3) * 2 + (j & 1) > last) s[i][j] = hidden;
+}
+
+// x += p[0] B and, of two queries, y += p[1] B; `b_at` at the lane's row of B, which is turned.
+template <int N>
+__device__ __forceinline__ void add_product(const u32 (&p)[N][SIZE / 16][4], float (&x)[D / 8][4], float (&y)[D / 8][4], u32 b_at) {
+#pragma unroll
+  for (int keys = 0; keys < SIZE / 16; keys++)
+#pragma unroll
+    for (int d = 0; d < D / 16; d++) {
+      u32 b[4];
+      load_turned(b, (b_at ^ (d & 3) * 32) + (d >> 2) * (TILE_BYTES / 2) + keys * 2048);
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        float(&to)[D / 8][4] = n == 0 ? x : y;
+        multiply_add(to[2 * d], p[n][keys], b[0], b[1]);
+        multiply_add(to[2 * d + 1], p[n][keys], b[2], b[3]);
+      }
+    }
+}
+
+// Zero the rows of a tile from row `end` on: 0 times the NaN that may follow a sequence is not 0. All warps that want the block do
+// so, each before it reads; they write the same.
+__device__ __forceinline__ void blank_past(u32 tile, int end, int lane) {
+  for (int i = end * 8 + lane; i < SIZE * 8; i += 32) {
+    store_zeros(tile + i * 16);
+    store_zeros(tile + TILE_BYTES / 2 + i * 16);
+  }
+  writes_before_loads();  // the slot's next load comes behind these writes
+  __syncwarp();
+}
+
+// 4 x 4 words among 4 lanes: out[i] of lane j = in[j] of lane i.
+__device__ __forceinline__ void transpose(u32 (&x)[4], int j) {
+#pragma unroll
+  for (int h = 1; h <= 2; h *= 2) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int a = h == 1 ? 2 * i : i, b = a + h;
+      const bool up = j & h;
+      const u32 other = __shfl_xor_sync(~0u, up ? x[a] : x[b], h);
+      if (up) x[a] = other; else x[b] = other;
+    }
+  }
+}
+
+}  // namespace
