@@ -25,7 +25,7 @@ from nsa.kernels import hopper
 
 SHAPES = (  # dtype, D, DV, KV heads, group
     (torch.bfloat16, 128, 128, 1, 4),
-    (torch.bfloat16, 128, 128, 2, 16),  # the selected branch in CUDA C++
+    (torch.bfloat16, 128, 128, 2, 16),  # the selected branch and its dq in CUDA C++
     (torch.float16, 64, 64, 2, 16),
     (torch.float32, 40, 24, 2, 3),
     (torch.float32, 256, 256, 1, 40),  # selection blocks in pieces, a group's heads in shares
