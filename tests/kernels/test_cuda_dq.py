@@ -37,6 +37,7 @@ def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeyp
     fake = lambda heads: SimpleNamespace(shape=(1, 99, heads, 128), dtype=torch.bfloat16, device=torch.device(place, 0))
     monkeypatch.setattr(launch.tuning, "arch", lambda _: 90)
     monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
+    monkeypatch.setattr(launch.hopper, "gathers", lambda *_: False)
     monkeypatch.setattr(launch, "union_lists", lambda *_: None)
     monkeypatch.setattr(kernels, "program", lambda *_: object() if loads else None)
     monkeypatch.setattr(kernels, "selected_dq", lambda *_: "cuda")

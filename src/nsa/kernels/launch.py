@@ -97,8 +97,10 @@ def selected_backward(
     if need[0]:
         dq = _selected_dq(q, k, v, do, shift, delta, indices, spans, size, softmax_scale, dq)
     if need[1]:
-        from nsa.kernels.triton.selected_backward import selected_dkv
-
+        if _on_hopper(q, v.shape[-1]) and hopper.gathers(q.shape[2] // k.shape[2], size):
+            from nsa.kernels.hopper.selected_dkv import selected_dkv
+        else:
+            from nsa.kernels.triton.selected_backward import selected_dkv
         dk, dv = selected_dkv(q, k, v, do, shift, delta, indices, spans, size, softmax_scale)
     return dq, dk, dv
 

@@ -19,3 +19,8 @@ def supports(dtype: torch.dtype, dim: int, value_dim: int, arch: int) -> str | N
     if dim not in (64, 128) or value_dim not in (64, 128):
         return f"they hold head dims of 64 and 128, got {dim} and {value_dim}"
     return None
+
+
+def gathers(group: int, size: int) -> bool:
+    """Whether tiles of 64 rows can be made of queries from anywhere, each with all heads of a group, for a block of 64 keys."""
+    return group in (8, 16, 32, 64) and size == 64

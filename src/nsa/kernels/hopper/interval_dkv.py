@@ -1,10 +1,7 @@
 """Gradients of keys and values of attention over an interval, on Hopper: the twin of ``interval_dkv_kernel``.
 
 A program has 128 keys of one KV head and a share of the group's query heads. One warp streams tiles of queries and of their
-output's gradient, head after head; two warpgroups multiply 64 keys each. Keys are the rows of every product, so that
-probabilities go from one product to the next in registers, and both gradients stay in registers to the end.
-
-Source: FlashAttention-3, arXiv 2407.08608.
+output's gradient, head after head; two warpgroups multiply 64 keys each.
 """
 
 from __future__ import annotations
@@ -17,23 +14,20 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from nsa import tuning
+from nsa.kernels.hopper.dkv_step import add_queries, store_rows
 from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS
 from nsa.kernels.hopper.pipeline import (
     LOG2E,
     barriers,
     blank_past,
     boxes,
-    gated,
     load_async,
     load_numbers,
     locate,
     phase,
-    pinned,
     span,
 )
 from nsa.kernels.triton.sequence import Spans, new_shares
@@ -118,41 +112,22 @@ def _step(t, used, blanks, dk, dv, kt, vt, buffers, bars, q_len, offset, lo, hi,
           MASK: gl.constexpr, RAGGED: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
           STAGES: gl.constexpr, S_LAYOUT: gl.constexpr):  # fmt: skip
     """Tile ``t`` of a head's queries into the gradients of 64 keys and values."""
-    K_OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
-    V_OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2)
     kv_full, q_full, g_full, empty, blanked = bars
     q_buf, g_buf, k_buf, v_buf, shift_buf, delta_buf = buffers
     slot = used % STAGES
-    qt, gt = q_buf.index(slot).reshape([BQ, D]), g_buf.index(slot).reshape([BQ, DV])
     if RAGGED and MASK:
         end = q_len - t * BQ
         if end < BQ:  # each warpgroup its share; neither reads before both are done
+            qt, gt = q_buf.index(slot).reshape([BQ, D]), g_buf.index(slot).reshape([BQ, DV])
             blank_past(end, qt, q_full.index(slot), phase(used, STAGES), C, BQ // GROUPS)
             blank_past(end, gt, g_full.index(slot), phase(used, STAGES), C, BQ // GROUPS)
             mbarrier.arrive(blanked.index(0), count=1)
             mbarrier.wait(blanked.index(0), blanks & 1)
             blanks += 1
-    zeros = gl.zeros([ROWS, BQ], gl.float32, S_LAYOUT)
-    mbarrier.wait(q_full.index(slot), phase(used, STAGES))
-    s = warpgroup_mma(kt, qt.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(g_full.index(slot), phase(used, STAGES))
-    dp = warpgroup_mma(vt, gt.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    its_shift = gl.expand_dims(shift_buf.index(slot).load(gl.SliceLayout(0, S_LAYOUT)), 0)
-    p = gated(gl.exp2(s * scale - its_shift), its_shift)  # [keys, queries]
-    if MASK:
-        pos = gl.expand_dims(offset + t * BQ + gl.arange(0, BQ, layout=gl.SliceLayout(0, S_LAYOUT)), 0)
-        p = gl.where((pos >= gl.expand_dims(lo, 1)) & (pos < gl.expand_dims(hi, 1)), p, 0.0)
-    pt = pinned(gl.convert_layout(p.to(g_buf.dtype), V_OPERAND, assert_trivial=True))
-    dv = warpgroup_mma(pt, gt, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=(dp,))
-    ds = p * (dp - gl.expand_dims(delta_buf.index(slot).load(gl.SliceLayout(0, S_LAYOUT)), 0))
-    dst = pinned(gl.convert_layout(ds.to(q_buf.dtype), K_OPERAND, assert_trivial=True))
-    dk = warpgroup_mma(dst, qt, dk, is_async=True)
-    # Carried over the loop's end in flight, the sums would be serialised by the compiler.
-    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-    pt, dst = pinned(pt), pinned(dst)
-    mbarrier.arrive(empty.index(slot), count=1)
+    pos = offset + t * BQ + gl.arange(0, BQ, layout=gl.SliceLayout(0, S_LAYOUT))
+    dk, dv = add_queries(
+        used, dk, dv, kt, vt, (q_buf, g_buf, shift_buf, delta_buf), (q_full, g_full, empty), pos, lo, hi, scale,
+        MASK, BQ, D, DV, STAGES, S_LAYOUT)  # fmt: skip
     return dk, dv, blanks
 
 
@@ -199,17 +174,8 @@ def _gradients(where, shape, scale, softmax_scale, dk_out, dv_out, strides, buff
     row = (k_row + C * ROWS).to(gl.int64)
     out_k = dk_out + part * stride_ds + batch.to(gl.int64) * stride_db + row * stride_dt + hk * D
     out_v = dv_out + part * stride_es + batch.to(gl.int64) * stride_eb + row * stride_et + hk * DV
-    _store(out_k, dk * softmax_scale, stride_dt, k_len - start - C * ROWS, D, K_LAYOUT)
-    _store(out_v, dv, stride_et, k_len - start - C * ROWS, DV, V_LAYOUT)
-
-
-@gluon.jit
-def _store(out, x, stride, rows, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """The first ``rows`` rows of ``x``."""
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    at = gl.expand_dims(row * stride, 1) + gl.expand_dims(column, 0)
-    gl.store(out + at, x, mask=gl.expand_dims(row < rows, 1))
+    store_rows(out_k, dk * softmax_scale, stride_dt, k_len - start - C * ROWS, D, K_LAYOUT)
+    store_rows(out_v, dv, stride_et, k_len - start - C * ROWS, DV, V_LAYOUT)
 
 
 @gluon.jit(do_not_specialize=["per_seq", "q_len", "k_len", "offset", "kv_heads", "group", "share", "length", "stride", "window",

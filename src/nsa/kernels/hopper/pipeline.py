@@ -64,11 +64,11 @@ def blank_past(end, values, full, parity, C: gl.constexpr, ROWS: gl.constexpr):
     thread_barrier()
 
 
-def boxes(x: Tensor, rows: int, heads: int = 1) -> TensorDescriptor:
-    """Tiles of ``rows`` rows by ``heads`` heads of ``x [B, T, H, D]``; outside of ``x`` they are 0."""
+def boxes(x: Tensor, rows: int, heads: int = 1, columns: int | None = None) -> TensorDescriptor:
+    """Tiles of ``rows`` rows by ``heads`` heads of ``x [B, T, H, D]``, or ``columns`` of them; outside of ``x`` they are 0."""
     if x.numel() == 0:  # nobody reads it, but it must not be empty
         x = x.new_zeros(1, 1, heads, x.shape[-1])
     strides = [stride if size > 1 else 8 * x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride())]
-    box = [1, rows, heads, x.shape[-1]]
+    box = [1, rows, heads, columns or x.shape[-1]]
     layout = gl.NVMMASharedLayout.get_default_for(box, ELEMENT[x.dtype])
     return TensorDescriptor(x, list(x.shape), [*strides, 1], box, layout)

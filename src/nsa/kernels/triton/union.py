@@ -144,8 +144,26 @@ def group_kernel(
     tl.store(out, tl.where(keep, group, NOTHING), mask=query < q_len)
 
 
-def inverse_lists(indices: Tensor, spans: Spans, size: int, split: int) -> InverseLists:
-    """indices int32 ``[B, TQ, HK, width]``; a block that more than ``split`` queries selected makes several items."""
+@dataclass(frozen=True)
+class Selectors:
+    """Which queries selected a block: those of group ``g`` lie side by side in ``rows``, in order, where ``group`` is ``g``.
+
+    ``rows`` int32: query rows, counted over the batch. A group is ``hk * num_blocks + block`` with ``block`` counted over all
+    sequences; there are ``groups``, and ``NOTHING`` comes last. Block ``b`` belongs to sequence ``b // per_seq``, or ``seq[b]``
+    if packed, whose first block is ``base[seq]``.
+    """
+
+    rows: Tensor
+    group: Tensor
+    groups: int
+    num_blocks: int
+    per_seq: int
+    seq: Tensor | None
+    base: Tensor | None
+
+
+def selectors(indices: Tensor, spans: Spans, size: int) -> Selectors:
+    """indices int32 ``[B, TQ, HK, width]``."""
     batch, rows_q, kv_heads, width = indices.shape
     device = indices.device
     padded = triton.next_power_of_2(max(width, 1))
@@ -171,14 +189,75 @@ def inverse_lists(indices: Tensor, spans: Spans, size: int, split: int) -> Inver
         )  # fmt: skip
     ordered, pair = keys.flatten().sort(stable=True)
     rows = (pair // (kv_heads * padded)).to(torch.int32)
-    edges = torch.searchsorted(ordered, torch.arange(groups + 1, device=device, dtype=torch.int32), out_int32=True)
+    return Selectors(rows, ordered, groups, num_blocks, per_seq, seq, base)
+
+
+def inverse_lists(indices: Tensor, spans: Spans, size: int, split: int) -> InverseLists:
+    """indices int32 ``[B, TQ, HK, width]``; a block that more than ``split`` queries selected makes several items."""
+    found = selectors(indices, spans, size)
+    device, groups = indices.device, found.groups
+    edges = torch.searchsorted(found.group, torch.arange(groups + 1, device=device, dtype=torch.int32), out_int32=True)
     items = (edges.diff() + split - 1) // split
     ends = items.cumsum(0, dtype=torch.int32)
     first = torch.nn.functional.pad(ends, (1, 0))
-    most = groups + triton.cdiv(keys.numel(), split)
+    most = groups + triton.cdiv(found.rows.numel(), split)
     item = torch.arange(most, device=device, dtype=torch.int32)
     group = torch.searchsorted(ends, item, right=True, out_int32=True)
     inside = group.clamp_max(groups - 1).long()
     start = edges[inside] + (item - first[inside]) * split
     stop = torch.minimum(start + split, edges[inside + 1])
-    return InverseLists(rows, group, start, stop, first, groups, num_blocks, per_seq, seq, base)
+    return InverseLists(found.rows, group, start, stop, first, groups, found.num_blocks, found.per_seq, found.seq, found.base)
+
+
+@dataclass(frozen=True)
+class ChunkedLists:
+    """The items of ``InverseLists`` in another order, and no longer than a chunk of the queries: KV head by KV head, chunk by
+    chunk, block by block. So programs that run together read the same queries.
+
+    The queries of group ``g`` are ``rows[edges[g * chunks] .. edges[(g + 1) * chunks]]``. The rest as in ``InverseLists``.
+    """
+
+    rows: Tensor
+    group: Tensor
+    start: Tensor
+    stop: Tensor
+    edges: Tensor
+    chunks: int
+    groups: int
+    num_blocks: int
+    per_seq: int
+    seq: Tensor | None
+    base: Tensor | None
+
+
+def chunked_lists(indices: Tensor, spans: Spans, size: int, chunk: int, split: int) -> ChunkedLists:
+    """indices int32 ``[B, TQ, HK, width]``; ``chunk`` rows, of all in the batch; items of ``split`` queries at most."""
+    found = selectors(indices, spans, size)
+    device, groups, num_blocks = indices.device, found.groups, found.num_blocks
+    rows_q, kv_heads = indices.shape[1:3]
+    chunks = triton.cdiv(indices.shape[0] * rows_q, chunk)
+    cell = found.group.clamp_max(groups) * chunks + found.rows // chunk
+    edges = torch.searchsorted(cell, torch.arange(groups * chunks + 1, device=device, dtype=torch.int32), out_int32=True)
+    in_turn = lambda x: x.view(kv_heads, num_blocks, chunks).transpose(1, 2).flatten()
+    begin, count = in_turn(edges[:-1]), in_turn(edges.diff())
+    ends = ((count + split - 1) // split).cumsum(0, dtype=torch.int32)
+    first = torch.nn.functional.pad(ends, (1, 0))
+    most = kv_heads * _live_cells(spans, num_blocks, size, chunk, chunks) + triton.cdiv(found.rows.numel(), split)
+    item = torch.arange(most, device=device, dtype=torch.int32)
+    cell = torch.searchsorted(ends, item, right=True, out_int32=True)
+    inside = cell.clamp_max(groups * chunks - 1).long()
+    start = begin[inside] + (item - first[inside]) * split
+    stop = torch.minimum(start + split, begin[inside] + count[inside])
+    group = inside // (chunks * num_blocks) * num_blocks + inside % num_blocks
+    group = torch.where(cell < groups * chunks, group, groups).to(torch.int32)
+    return ChunkedLists(found.rows, group, start, stop, edges, chunks, groups, num_blocks, found.per_seq, found.seq, found.base)
+
+
+def _live_cells(spans: Spans, num_blocks: int, size: int, chunk: int, chunks: int) -> int:
+    """At most so many pairs of a block and a chunk in which a query may have selected it."""
+    if spans.table is not None:
+        return num_blocks * chunks
+    block = torch.arange(num_blocks)
+    seq, first = block // (num_blocks // spans.num_seqs), block % (num_blocks // spans.num_seqs) * size - spans.offset
+    row = seq * spans.rows_q + first.clamp(0, spans.rows_q)
+    return int((((seq + 1) * spans.rows_q - 1) // chunk - row // chunk + 1).sum())
