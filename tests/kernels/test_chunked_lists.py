@@ -13,8 +13,9 @@ import nsa
 from nsa import tuning
 from nsa.kernels import hopper
 from nsa.kernels.hopper import selected_dkv as kernels
+from nsa.kernels.triton.chunked_lists import chunked_lists
+from nsa.kernels.triton.inverse import NOTHING, selectors
 from nsa.kernels.triton.sequence import spans
-from nsa.kernels.triton.union import NOTHING, chunked_lists, selectors
 from nsa.layout import SeqInfo
 from tests.cases import Case
 from tests.kernels.draws import guarded_inputs

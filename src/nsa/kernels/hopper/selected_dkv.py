@@ -31,8 +31,8 @@ from nsa.kernels.hopper.pipeline import (
     span,
     thread_barrier,
 )
+from nsa.kernels.triton.chunked_lists import chunked_lists
 from nsa.kernels.triton.sequence import Spans
-from nsa.kernels.triton.union import chunked_lists
 
 ROWS = gl.constexpr(64)  # heads of a few queries
 BOX = gl.constexpr(64)  # columns that the widest swizzle takes

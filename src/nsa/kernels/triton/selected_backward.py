@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa import tuning
+from nsa.kernels.triton.inverse import InverseLists, inverse_lists
 from nsa.kernels.triton.selected_forward import tile_and_heads
 from nsa.kernels.triton.sequence import Spans, locate, new_gradient, span
 from nsa.kernels.triton.tile import LOG2E, descriptor, dot, gated, load_rows, load_tile, wide
-from nsa.kernels.triton.union import InverseLists, UnionLists, inverse_lists
+from nsa.kernels.triton.union import UnionLists
 
 SPLIT = 1024  # queries of an item: fewer balance better, more make less to add up
 
