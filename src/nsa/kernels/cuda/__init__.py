@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-HEAD_DIM, GROUP, SIZE, WIDTH = 128, 16, 64, 16  # as in selected_forward.cu
+HEAD_DIM, GROUP, SIZE, WIDTH = 128, 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
 MOST_KEYS = 1 << 23  # a list's kernel holds a bit and the half of a word for each block in 48 KiB of shared memory
 
 

@@ -14,7 +14,7 @@ constexpr int WIDTH = 16;  // blocks that a query has at most
 template <int R>
 struct Item {
   static constexpr int UNION = 0, OWN = R * WIDTH, HEAD = 2 * R * WIDTH, WORDS = HEAD + 8;
-  static_assert(R * WIDTH <= 256, "a place has 9 bits, of which one is for none");
+  static_assert(R * WIDTH <= 256, "a place has 9 bits");
 };
 enum Head { COUNT, BATCH, ROW, QUERIES, K_ROW, END, POSITION, KV_HEAD };
 
