@@ -50,11 +50,36 @@ def test_other_shapes_of_blocks_are_right_too():
     assert wrong(check(make_work(dataclasses.replace(CASE, cfg=cfg, length=320)))) == set()
 
 
+def test_the_whole_alone_is_checked_and_right():
+    work = make_work(CASE, single_steps=False)
+    findings = check(work)
+    assert list(work.steps) == ["whole"]
+    assert wrong(findings) == set()
+    assert [(f.step, f.tensor) for f in findings] == [
+        ("selection", "indices"), ("whole", "o"), ("whole", "dq"), ("whole", "dk"), ("whole", "dv"), ("whole", "dgates"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "tensor"),
+    [
+        ("window_attention", lambda right: lambda q, k, *rest: right(q, _LastRowDoubled.apply(k), *rest), "dk"),
+        ("combine", lambda right: lambda *args: right(*args) * 1.1, "o"),
+        ("select_blocks", lambda right: lambda q, *rest: right(torch.zeros_like(q), *rest), "indices"),
+    ],
+)
+def test_what_is_wrong_in_the_whole_alone_is_found(step, change, tensor, monkeypatch):
+    plant(monkeypatch, step, change)
+    assert tensor in {tensor for _, _, tensor in wrong(check(make_work(CASE, single_steps=False)))}
+
+
 def test_the_sample_holds_the_edges():
     positions = sample_positions(dataclasses.replace(CASE, length=4096)).tolist()
     assert positions == sorted(set(positions))
     assert len(positions) == 64
     assert {0, 3, 4, 7, 8, 23, 24, 2047, 2048, 4088, 4094, 4095} <= set(positions)
+    chunked = sample_positions(dataclasses.replace(CASE, length=4096), chunk=1500).tolist()
+    assert {1499, 1500, 2999, 3000} <= set(chunked)
 
 
 def test_a_window_of_one_token_more_is_found(monkeypatch):

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 import nsa
 import nsa.reference
 from nsa.bench.__main__ import app
+from nsa.bench.baselines import BACKENDS
+from nsa.bench.cases import Case
 from nsa.bench.data import KINDS
 from nsa.bench.measure import time_calls
 from nsa.bench.plot import draw
 from nsa.bench.results import Row, new_file, read_rows, write_rows
-from nsa.bench.run import with_ratio
+from nsa.bench.run import Plan, run, with_ratio
 
 SMALL = ("--device", "cpu", "--heads", 4, "--kv-heads", 2, "--head-dim", 16)
 
@@ -104,7 +106,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, tmp_path):
         (["--data", "real"], "data must be one of random, trained-like, got 'real'"),
         (["--dtype", "fp8"], "dtype must be one of bf16, fp16, fp32, got 'fp8'"),
         (["--direction", "sideways"], "direction must be one of forward, backward, both, got 'sideways'"),
-        (["--baselines", "cudnn,math"], "baselines must be one of cudnn, flash, got 'math'"),
+        (["--baselines", "cudnn,math"], "baselines must be one of cudnn, flash, efficient, got 'math'"),
         (["--kv-heads", "3"], "num_kv_heads must divide num_heads=4, got 3"),
         (["--device", "abacus"], "device must be one that torch can use here, got 'abacus'"),
     ],
@@ -153,6 +155,33 @@ def test_a_baseline_without_memory_is_skipped_and_the_rest_measured(tmp_path, mo
     assert "skipped 128 flash: out of memory" in result.output
 
 
+@pytest.mark.parametrize(
+    ("refused", "measured"),
+    [
+        ({"cudnn": (True, False)}, {("flash", "forward"), ("flash", "backward")}),
+        ({"cudnn": (True,)}, {("cudnn", "forward"), ("flash", "forward"), ("flash", "backward")}),
+        ({"cudnn": (True, False), "flash": (True, False)}, {("efficient", "forward"), ("efficient", "backward")}),
+        ({}, {("cudnn", "forward"), ("cudnn", "backward")}),
+    ],
+    ids=["all", "the backward", "two", "nothing"],
+)
+def test_the_first_fallback_that_computes_takes_the_place_of_a_refused_baseline(refused, measured, monkeypatch):
+    """Here the flash backend stands for all."""
+    monkeypatch.setattr("nsa.bench.baselines.BACKENDS", dict.fromkeys(BACKENDS, BACKENDS["flash"]))
+    monkeypatch.setattr(
+        "nsa.bench.run.refusal", lambda step, backward: "no" if backward in refused.get(step.name, ()) else None
+    )
+    case = Case(128, "random", nsa.NSAConfig(head_dim=16, num_heads=4, num_kv_heads=2), torch.bfloat16, torch.device("cpu"))
+    plan = Plan([case], baselines=("cudnn",), fallbacks=("flash", "efficient"), single_steps=False, milliseconds=0)
+    skipped = []
+    rows = run(plan, on_checked=lambda _: None, on_skipped=skipped.append)
+    assert {(r.implementation, r.direction) for r in rows if r.implementation != "nsa"} == measured
+    assert len(skipped) == len(refused)
+    assert all(("backward" in line) == (set(refused.values()) == {(True,)}) for line in skipped)
+    ours = {r.direction: r.ratio_to_cudnn for r in rows if r.implementation == "nsa"}
+    assert {d for d, ratio in ours.items() if ratio is not None} == {d for name, d in measured if name == "cudnn"}
+
+
 def test_rows_survive_the_csv(tmp_path):
     rows = [
         row(kind="time", median_ms=1 / 3, p20_ms=0.1, p80_ms=1e9, samples=7, valid=False, gpu='a "GPU", of sorts'),
@@ -169,6 +198,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_rows(tmp_path / "a.csv", [row(), None])
     assert read_rows(tmp_path / "a.csv") == [row()]
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_files_from_before_a_column_was_added_are_read():
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    for table in sorted(folder.glob("*-hbm3.csv")):
+        assert read_rows(table)[0].chunk is None
 
 
 def test_another_csv_is_refused(tmp_path):

@@ -60,8 +60,8 @@ class Work:
             those of all branches.
         do: ``[1, T, HQ, DV]``, the gradient of the output.
         k_cmp: ``[1, N, HK, D]``, what the selection scored.
-        indices: int32 ``[1, T, HK, n]``, the selection that the selected step reads.
-        steps: the six steps, each on the tensors that the one before made, and last the whole.
+        indices: int32 ``[1, T, HK, n]``, the selection that the selected step reads, or that the whole made.
+        steps: the six steps, each on the tensors that the one before made, and last the whole; or the whole alone.
         indices_of_whole: the selection that the whole makes by itself.
     """
 
@@ -76,8 +76,8 @@ class Work:
     indices_of_whole: Callable[[], Tensor]
 
 
-def make_work(case: Case) -> Work:
-    """Draw the tensors of ``case`` and run each step once for the next one's inputs.
+def make_work(case: Case, single_steps: bool = True) -> Work:
+    """Draw the tensors of ``case`` and, with ``single_steps``, run each step once for the next one's inputs.
 
     Raises:
         ValueError: the backend can't compute this case, or the length does not suit the data; the message says why.
@@ -95,11 +95,6 @@ def make_work(case: Case) -> Work:
 
     with torch.no_grad():
         k_cmp, v_cmp = (_leaf(functional.compress_blocks(x, cfg, backend=backend)) for x in (k, v))
-        o_cmp, lse = functional.compressed_attention(q, k_cmp, v_cmp, cfg, backend=backend)
-        indices = functional.select_blocks(q, k_cmp, lse, cfg, backend=backend)
-        o_slc = functional.selected_attention(q, k, v, indices, cfg, backend=backend)
-        o_win = functional.window_attention(q, k, v, cfg, backend=backend)
-    o_cmp, o_slc, o_win = _leaf(o_cmp), _leaf(o_slc), _leaf(o_win)
 
     def compress() -> tuple[Tensor, Tensor]:
         return functional.compress_blocks(k, cfg, backend=backend), functional.compress_blocks(v, cfg, backend=backend)
@@ -111,6 +106,17 @@ def make_work(case: Case) -> Work:
     @torch.no_grad()
     def indices_of_whole() -> Tensor:
         return attend()[1]
+
+    whole = Step(WHOLE, lambda: attend()[:1], {"q": q, "k": k, "v": v, "gates": gates}, (do,))
+    if not single_steps:
+        return Work(case, q, k, v, do, k_cmp, indices_of_whole(), {WHOLE: whole}, indices_of_whole)
+
+    with torch.no_grad():
+        o_cmp, lse = functional.compressed_attention(q, k_cmp, v_cmp, cfg, backend=backend)
+        indices = functional.select_blocks(q, k_cmp, lse, cfg, backend=backend)
+        o_slc = functional.selected_attention(q, k, v, indices, cfg, backend=backend)
+        o_win = functional.window_attention(q, k, v, cfg, backend=backend)
+    o_cmp, o_slc, o_win = _leaf(o_cmp), _leaf(o_slc), _leaf(o_win)
 
     steps = (
         Step("compress", compress, {"k": k, "v": v}, (normal(*k_cmp.shape), normal(*v_cmp.shape))),
@@ -139,7 +145,7 @@ def make_work(case: Case) -> Work:
             {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win, "gates": gates},
             (do,),
         ),
-        Step(WHOLE, lambda: attend()[:1], {"q": q, "k": k, "v": v, "gates": gates}, (do,)),
+        whole,
     )
     return Work(case, q, k, v, do, k_cmp, indices, {step.name: step for step in steps}, indices_of_whole)
 

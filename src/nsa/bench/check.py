@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.bench.cases import STEPS, WHOLE, Case, Step, Work
+from nsa.bench.cases import Case, Step, Work
 from nsa.bench.sampled import FORMULAS, Sample, importance
 
 RELATIVE_NORM = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -44,13 +44,15 @@ class Finding:
     wrong: str | None = None
 
 
-def sample_positions(case: Case, count: int = SAMPLED) -> Tensor:
-    """int64 ``[S]`` rising: the edges of the first blocks, of the window and of the sequence, the rest drawn."""
+def sample_positions(case: Case, count: int = SAMPLED, chunk: int | None = None) -> Tensor:
+    """int64 ``[S]`` rising: the edges of the first blocks, of the window, of the chunks and of the sequence, the rest drawn."""
     length, cfg = case.length, case.cfg
     middle = length // 2 // cfg.selection_block_size * cfg.selection_block_size
     edges = [0, length - 1, length - 2, middle - 1, middle]
     for size in (cfg.block_length, cfg.block_stride, cfg.selection_block_size, cfg.window_size):
         edges += [size - 1, size, length - size - 1, length - size]
+    for start in range(chunk, length, chunk) if chunk else ():
+        edges += [start - 1, start]
     wanted = sorted({t for t in edges if 0 <= t < length})
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(case.seed)).tolist()
     return torch.tensor(sorted([*dict.fromkeys([*wanted, *drawn])][: max(count, len(wanted))]), device=case.device)
@@ -60,14 +62,16 @@ def check(work: Work, backward: bool = True) -> list[Finding]:
     """A finding for each output of each step and, with ``backward``, for each gradient."""
     positions = sample_positions(work.case)
     sample = Sample(work.case.cfg, positions, work.indices[0, positions].long())
-    findings = [_check_selection(work, sample)]
-    for name in (*STEPS, WHOLE):
+    q, k_cmp = _rows(work.q, True, sample), work.k_cmp[0]
+    findings = [check_selection(q, k_cmp, work.case.length, sample, _unequal(work))]
+    for name, step in work.steps.items():
         if name in FORMULAS:
-            findings += _check_step(work.steps[name], sample, work.case.dtype, backward)
+            findings += check_step(step, sample, work.case.dtype, backward)
     return findings
 
 
-def _check_step(step: Step, sample: Sample, dtype: torch.dtype, backward: bool) -> list[Finding]:
+def check_step(step: Step, sample: Sample, dtype: torch.dtype, backward: bool) -> list[Finding]:
+    """A finding for each output of ``step`` and, with ``backward``, for each gradient, against its formula."""
     by_key = step.name == "compress"  # its outputs have a row for each block, not for each query
     outputs = step.forward()
     grad_outputs = step.grad_outputs if by_key else tuple(_outside_zeroed(g, sample) for g in step.grad_outputs)
@@ -90,14 +94,14 @@ def _check_step(step: Step, sample: Sample, dtype: torch.dtype, backward: bool) 
     findings = []
     for i, output in enumerate(outputs):
         name = ("k_cmp", "v_cmp")[i] if by_key else "o"
-        elsewhere = None if torch.isfinite(output).all() else "not finite"
+        elsewhere = None if is_finite(output) else "not finite"
         got = _rows(output, not by_key, sample).detach()
-        findings.append(_compare((step.name, "forward", name), got, exact[i], naive[i], dtype, elsewhere))
+        findings.append(compare((step.name, "forward", name), got, exact[i], naive[i], dtype, elsewhere))
     for name, grad, ref, plain in zip(step.inputs, grads, exact_grads, naive_grads):
         got, elsewhere = _rows(grad, name in BY_QUERY, sample), None
         if name in BY_QUERY and grad.count_nonzero() != got.count_nonzero():  # NaN counts too
             elsewhere = "not 0 for a query whose output has gradient 0"
-        findings.append(_compare((step.name, "backward", f"d{name}"), got, ref, plain, dtype, elsewhere))
+        findings.append(compare((step.name, "backward", f"d{name}"), got, ref, plain, dtype, elsewhere))
     return findings
 
 
@@ -112,8 +116,14 @@ def _outside_zeroed(grad: Tensor, sample: Sample) -> Tensor:
     return kept
 
 
-def _compare(
-    what: tuple[str, str, str], got: Tensor, ref: Tensor, naive: Tensor, dtype: torch.dtype, elsewhere: str | None
+def is_finite(x: Tensor) -> bool:
+    """Every number of ``x``, without a copy of it: there may be no room for one."""
+    low, high = x.aminmax()
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def compare(
+    what: tuple[str, str, str], got: Tensor, ref: Tensor, naive: Tensor, dtype: torch.dtype, elsewhere: str | None = None
 ) -> Finding:
     """The library's rule for numbers: twice a naive implementation's error plus a floor, and the relative norm."""
     error = (got.double() - ref).abs()
@@ -129,10 +139,19 @@ def _compare(
 
 
 @torch.no_grad()
-def _check_selection(work: Work, sample: Sample) -> Finding:
-    """Structure exactly, choice by score, and that the whole selects the same for every query."""
-    q, k_cmp = _rows(work.q, True, sample).double(), work.k_cmp[0].double()
-    scores = importance(q, k_cmp, work.case.length, sample)  # [S, HK, M]
+def _unequal(work: Work) -> str | None:
+    """Which selections of all queries differ, that must not."""
+    if "selection" in work.steps and not torch.equal(work.steps["selection"].forward()[0], work.indices):
+        return "two runs select differently"
+    if not torch.equal(work.indices_of_whole(), work.indices):
+        return "the whole and the step select differently" if "selection" in work.steps else "two runs select differently"
+    return None
+
+
+@torch.no_grad()
+def check_selection(q: Tensor, k_cmp: Tensor, length: int, sample: Sample, unequal: str | None = None) -> Finding:
+    """Structure exactly, choice by score. q ``[S, HQ, D]``, k_cmp ``[N, HK, D]``; ``unequal``: what is known to be wrong."""
+    scores = importance(q.double(), k_cmp.double(), length, sample)  # [S, HK, M]
     cfg, chosen = sample.cfg, _as_mask(sample.indices, scores.shape[-1])
     block, own = torch.arange(scores.shape[-1], device=q.device), (sample.positions // cfg.selection_block_size)[:, None, None]
     candidate = (block <= own).expand_as(chosen)
@@ -148,10 +167,7 @@ def _check_selection(work: Work, sample: Sample) -> Finding:
     got = torch.where(chosen & ~forced, scores, 0).sum(-1)
     sums = ((best - got).clamp(min=0) / best.clamp(min=tiny)).max()
     wrong = _malformed(sample.indices, chosen, candidate, forced, cfg.num_selected_blocks)
-    if wrong is None and not torch.equal(work.steps["selection"].forward()[0], work.indices):
-        wrong = "two runs select differently"
-    if wrong is None and not torch.equal(work.indices_of_whole(), work.indices):
-        wrong = "the whole and the step select differently"
+    wrong = wrong or unequal
     if wrong is None and not (short <= SCORE_ROUNDING and sums <= SCORE_ROUNDING):
         wrong = "a block of less importance was selected before one of more"
     return Finding("selection", "forward", "indices", float(short), SCORE_ROUNDING, float(sums), SCORE_ROUNDING, wrong)

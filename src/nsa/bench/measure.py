@@ -11,7 +11,10 @@ import torch
 from nsa.bench.cases import Step
 
 WARM_UP = 25  # ms
+SLOW = 25  # ms; from here on neither a warm L2 cache nor the time to launch counts
 AT_LEAST = 5  # samples, however slow
+VERY_SLOW = 100  # ms
+FEW = 3  # samples of what is very slow
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ def time_backward(step: Step, device: torch.device, milliseconds: float) -> Timi
 def time_calls(call: Callable[[], object], device: torch.device, milliseconds: float) -> Timing:
     """Call again and again for about ``milliseconds``, after a warm-up.
 
-    On a GPU with ``triton.testing.do_bench``, which times with events and clears the L2 cache before every run; elsewhere by
-    the clock on the wall.
+    On a GPU with ``triton.testing.do_bench``, which times with events and clears the L2 cache before every run, and what is
+    slow with events alone, for that would run half a dozen calls to find out how many to time. Elsewhere by the wall clock.
     """
     call()  # compiles
     times = _on_gpu(call, milliseconds) if device.type == "cuda" else _on_host(call, milliseconds)
@@ -51,14 +54,24 @@ def time_calls(call: Callable[[], object], device: torch.device, milliseconds: f
 def _on_gpu(call: Callable[[], object], milliseconds: float) -> list[float]:
     from triton.testing import do_bench
 
+    first = _between_events(call)
+    if first < SLOW:
+        rep = max(milliseconds, AT_LEAST * first)
+        times: list[float] = do_bench(call, warmup=WARM_UP, rep=rep, return_mode="all")
+        return times
+    times = [first]
+    while len(times) < (AT_LEAST if first < VERY_SLOW else FEW) or sum(times) < milliseconds:
+        times.append(_between_events(call))
+    return times
+
+
+def _between_events(call: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     start.record()
     call()
     end.record()
     end.synchronize()
-    rep = max(milliseconds, AT_LEAST * start.elapsed_time(end))
-    times: list[float] = do_bench(call, warmup=WARM_UP, rep=rep, return_mode="all")
-    return times
+    return start.elapsed_time(end)
 
 
 def _on_host(call: Callable[[], object], milliseconds: float) -> list[float]:
@@ -73,12 +86,17 @@ def _on_host(call: Callable[[], object], milliseconds: float) -> list[float]:
 def peak_bytes(step: Step) -> int:
     """The most GPU memory that forward and backward hold, inputs and gradients counted, whatever else is alive."""
     own = sum(x.nbytes for x in (*step.inputs.values(), *step.grad_outputs))
+    return own + added_bytes(lambda: step.gradients(step.forward(), step.grad_outputs))
+
+
+def added_bytes(call: Callable[[], object]) -> int:
+    """The most GPU memory that is held during ``call`` beyond what is held before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step.gradients(step.forward(), step.grad_outputs)
+    call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before + own
+    return torch.cuda.max_memory_allocated() - before
 
 
 def poison(device: torch.device, size: int) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from nsa.bench.cases import STEPS, WHOLE
-from nsa.bench.results import Row, find, read_rows
+from nsa.bench.results import Row, find, geometry, read_rows
 from nsa.train.atomic import replacing
 
 LINES = {  # implementation, data (None: any): label, colour, line style
@@ -28,13 +28,14 @@ def draw(results: Path, picture: Path) -> None:
     """Time over length in both directions, and below what each step takes of it.
 
     Args:
-        results: a CSV of ``nsa bench``. Rows that are not valid are left out.
+        results: a CSV of ``nsa bench``. Of the first row's geometry; rows that are not valid are left out.
         picture: the file to write; its suffix gives the format.
 
     Raises:
         ValueError: ``results`` is no such file, or holds no valid time.
     """
-    rows = [row for row in read_rows(results) if row.kind == "time" and row.valid]
+    rows = [row for row in read_rows(results) if row.kind == "time" and row.valid and row.step in (*STEPS, WHOLE)]
+    rows = [row for row in rows if row.chunk is None and geometry(row) == geometry(rows[0])]
     if not any(row.implementation == "nsa" for row in rows):
         raise ValueError(f"{results} must hold a valid time to draw, got none")
     directions = [d for d in ("forward", "backward") if find(rows, direction=d)]
@@ -89,7 +90,7 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], direction: str) -> None:
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     """The steps in microseconds per token, so that all lengths share an axis; a dash marks the whole."""
     mine = [row for row in rows if row.implementation == "nsa"]
-    bars = sorted({(row.length, row.data) for row in mine})
+    bars = sorted({(row.length, row.data) for row in mine if row.step in STEPS})
     bottom = [0.0] * len(bars)
     for step, shade in zip(STEPS, SHADES, strict=True):
         heights = [_per_token(find(mine, step=step, length=length, data=data)) for length, data in bars]

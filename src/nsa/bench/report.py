@@ -14,7 +14,7 @@ from nsa.bench.data import OVERLAP, UNION_OF_4
 from nsa.bench.results import Row, find
 from nsa.bench.run import DIRECTIONS, Checked
 
-LABELS = {"nsa": "nsa", "cudnn": "cuDNN", "flash": "FlashAttention"}
+LABELS = {"nsa": "nsa", "cudnn": "cuDNN", "flash": "FlashAttention", "efficient": "memory-efficient"}
 
 
 def print_checked(console: Console, checked: Checked) -> None:

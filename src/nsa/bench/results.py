@@ -15,6 +15,7 @@ import torch
 
 import nsa
 from nsa.bench.cases import Case
+from nsa.config import NSAConfig
 from nsa.train.atomic import replacing
 
 
@@ -24,13 +25,19 @@ class Row:
 
     Attributes:
         kind: ``"time"``, or ``"memory"`` for the peak of forward and backward.
-        implementation: ``"nsa"``, ``"cudnn"`` or ``"flash"``.
-        step: a step, or ``"whole"``.
+        implementation: ``"nsa"``, or full attention by ``"cudnn"``, ``"flash"``, ``"efficient"``, or ``"sdpa"`` where PyTorch
+            picked one.
+        step: a step, ``"whole"``, or ``"training step"`` of a language model.
+        direction: ``"forward"``, ``"backward"`` or ``"both"``.
         data: what it was measured on; full attention is measured once for each length.
-        ratio_to_cudnn: cuDNN's median over this row's (cuDNN's peak under this row's).
+        ratio_to_cudnn: cuDNN's median over this row's (cuDNN's peak over this row's).
         relative_error: the largest relative norm among the step's tensors in the check before.
         overlap, union_of_4: see ``selection_figures``.
         valid: False if the data's selections are not what they are to stand for.
+        chunk: queries of a call where the whole was made in several calls.
+        num_layers, hidden_size: of a language model.
+        tokens_per_s: of its training step.
+        ratio_to_sdpa: as ``ratio_to_cudnn``, to the full attention that PyTorch picked.
     """
 
     date: str
@@ -68,6 +75,11 @@ class Row:
     overlap: float | None = None
     union_of_4: float | None = None
     valid: bool = True
+    chunk: int | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    tokens_per_s: float | None = None
+    ratio_to_sdpa: float | None = None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -136,6 +148,12 @@ def _parse(name: str, text: str) -> Any:
     if text == "":
         return None
     return text == "True" if kind == "bool" else int(text) if kind == "int" else float(text)
+
+
+def geometry(row: Row) -> tuple[Any, ...]:
+    """What two rows must share to lie on one line of a picture: heads, channels, blocks and dtype."""
+    sizes = [field.name for field in fields(NSAConfig) if field.name in _TYPES]
+    return (row.dtype, *(getattr(row, name) for name in sizes))
 
 
 def find(rows: Sequence[Row], **cells: object) -> Row | None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,19 +24,28 @@ DIRECTIONS = ("forward", "backward")
 class CheckFailed(Exception):
     """A tensor that was to be timed is wrong."""
 
-    def __init__(self, case: Case, findings: Sequence[Finding]) -> None:
+    def __init__(self, what: str, findings: Sequence[Finding]) -> None:
         wrong = [f"{f.step} {f.direction} {f.tensor}: {f.wrong}" for f in findings if f.wrong]
-        super().__init__(f"{case.length} {case.data}: {'; '.join(wrong)}")
+        super().__init__(f"{what}: {'; '.join(wrong)}")
         self.findings = list(findings)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: at least one case, all on one device. ``milliseconds`` is about how long each call is repeated."""
+    """What to measure: at least one case, all of one geometry and on one device.
+
+    Attributes:
+        baselines: full attention to compare with, each that computes it.
+        fallbacks: of these the first that computes it, for directions that none of ``baselines`` computes.
+        single_steps: measure every step, not only the whole.
+        milliseconds: about how long each call is repeated.
+    """
 
     cases: Sequence[Case]
     directions: Sequence[str] = DIRECTIONS
     baselines: Sequence[str] = ("cudnn", "flash")
+    fallbacks: Sequence[str] = ()
+    single_steps: bool = True
     milliseconds: float = 100
 
 
@@ -71,16 +81,27 @@ def run(plan: Plan, on_checked: Callable[[Checked], None], on_skipped: Callable[
     shared = environment(device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for case in plan.cases:
-            blank = Row(
-                **shared, **shapes(case), backend=case.backend or _dispatch.default(device),
-                kind="", implementation="", step="", direction="",
-            )  # fmt: skip
+            blank = blank_row(case, shared)
             try:
                 rows += _measure(case, plan, blank, rows, on_checked, on_skipped)
             except torch.OutOfMemoryError:
                 on_skipped(f"{case.length} {case.data}: out of memory")
-            _free(case)
+            free(case.device)
     return rows
+
+
+def blank_row(case: Case, shared: dict[str, Any]) -> Row:
+    """A row of ``case`` in which nothing was measured yet. ``shared``: from ``environment``."""
+    return Row(
+        **shared, **shapes(case), backend=case.backend or _dispatch.default(case.device),
+        kind="", implementation="", step="", direction="",
+    )  # fmt: skip
+
+
+def require_right(what: str, findings: Sequence[Finding]) -> None:
+    """Raises: CheckFailed: one of ``findings`` is wrong."""
+    if any(finding.wrong for finding in findings):
+        raise CheckFailed(what, findings)
 
 
 def _measure(
@@ -91,15 +112,14 @@ def _measure(
     on_checked: Callable[[Checked], None],
     on_skipped: Callable[[str], None],
 ) -> list[Row]:
-    work = make_work(case)
-    _free(case)
+    work = make_work(case, plan.single_steps)
+    free(case.device)
     poison(case.device, 10 * work.do.nbytes)
     findings = check(work, "backward" in plan.directions)
-    if any(finding.wrong for finding in findings):
-        raise CheckFailed(case, findings)
+    require_right(f"{case.length} {case.data}", findings)
     checked = Checked(case, findings, *selection_figures(work.indices))
     on_checked(checked)
-    _free(case)
+    free(case.device)
     full = [row for row in before if row.length == case.length and row.implementation != "nsa"]
     new = [] if full else _full_attention(work, plan, blank, on_skipped)
     return new + list(_ours(work, plan, blank, checked, [*full, *new]))
@@ -107,23 +127,26 @@ def _measure(
 
 def _full_attention(work: Work, plan: Plan, blank: Row, on_skipped: Callable[[str], None]) -> list[Row]:
     found: list[Row] = []
-    for name in plan.baselines:
+    for name in (*plan.baselines, *plan.fallbacks):
+        if name in plan.fallbacks and {row.direction for row in found} >= set(plan.directions):
+            continue
         try:
             found += [with_ratio(row, found) for row in _baseline(name, work, plan, blank, on_skipped)]
         except torch.OutOfMemoryError:
             on_skipped(f"{work.case.length} {name}: out of memory")
-        _free(work.case)
+        free(work.case.device)
     return found
 
 
 def _baseline(name: str, work: Work, plan: Plan, blank: Row, on_skipped: Callable[[str], None]) -> list[Row]:
-    step = baseline(name, work)
-    reason = refusal(step, "backward" in plan.directions)
+    step, directions = baseline(name, work), tuple(plan.directions)
+    reason = refusal(step, "backward" in directions)
     if reason is not None:
-        on_skipped(f"{work.case.length} {name}: {reason}")
-        return []
+        alone = set(directions) == set(DIRECTIONS) and refusal(step, False) is None  # the forward
+        directions = ("forward",) if alone else ()
+        on_skipped(f"{work.case.length} {name}{', backward' if alone else ''}: {reason}")
     filled = replace(blank, implementation=name, step=WHOLE, backend="scaled_dot_product_attention")
-    return list(_rows(step, work.case, plan, filled))
+    return list(_rows(step, work.case, replace(plan, directions=directions), filled))
 
 
 def _ours(work: Work, plan: Plan, blank: Row, checked: Checked, full: Sequence[Row]) -> Iterator[Row]:
@@ -158,8 +181,8 @@ def with_ratio(row: Row, full: Sequence[Row]) -> Row:
     return replace(row, ratio_to_cudnn=theirs / mine if theirs is not None and mine else None)
 
 
-def _free(case: Case) -> None:
+def free(device: torch.device) -> None:
     """Give the last case's tensors back before the next one's are made: graphs die in cycles."""
     gc.collect()
-    if case.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
