@@ -25,6 +25,12 @@ def test_trained_like_selections_lie_in_the_measured_ranges():
     assert counts("trained-like", overlap, union)
 
 
+@pytest.mark.parametrize(("dim", "group"), [(128, 4), (128, 1), (64, 16)])
+def test_other_shapes_have_a_strength_of_their_own(dim, group):
+    cfg = nsa.NSAConfig(head_dim=dim, value_dim=8, num_heads=group, num_kv_heads=1)
+    assert counts("trained-like", *figures(*trained_like(8192, cfg, dtype=torch.float32), cfg))
+
+
 def test_random_selections_overlap_less():
     q, k, v = random_like(8192, ONE_GROUP, dtype=torch.float32)
     overlap, union = figures(q, k, v, ONE_GROUP)

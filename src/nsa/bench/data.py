@@ -18,6 +18,9 @@ KINDS = ("random", "trained-like")
 UNION_OF_4 = (30.0, 37.0)  # blocks that four neighbouring queries select together
 OVERLAP = (0.44, 0.64)  # share of a query's blocks that its predecessor selected too
 STRENGTH = {8192: 0.066, 16384: 0.088, 32768: 0.100, 65536: 0.113, 131072: 0.119}
+# Times that for other head dims and groups, by (D, G): the topics' share of a score grows with the root of D, and the noise of
+# G heads cancels. Calibrated at 65,536 tokens; any other shape takes 1, and its figures say whether that does.
+OF_SHAPE = {(128, 16): 1.0, (128, 4): 1.62, (128, 1): 2.74, (192, 16): 0.867, (64, 16): 1.274}
 SEGMENT = 64  # tokens
 
 
@@ -44,7 +47,7 @@ def trained_like(
 
     Args:
         seq_len: T, a multiple of 64.
-        strength: how much of the score the topics decide; None for the calibrated value of the nearest length.
+        strength: how much of the score the topics decide; None for the calibrated value of the nearest length and the shape.
 
     Raises:
         ValueError: ``seq_len`` is no positive multiple of 64.
@@ -52,7 +55,8 @@ def trained_like(
     if seq_len < SEGMENT or seq_len % SEGMENT:
         raise ValueError(f"seq_len must be a positive multiple of {SEGMENT} for trained-like data, got {seq_len}")
     if strength is None:
-        strength = STRENGTH[min(STRENGTH, key=lambda calibrated: abs(calibrated - seq_len))]
+        nearest = min(STRENGTH, key=lambda calibrated: abs(calibrated - seq_len))
+        strength = STRENGTH[nearest] * OF_SHAPE.get((cfg.head_dim, cfg.group_size), 1.0)
     g = torch.Generator(device=device).manual_seed(seed)
     segments = seq_len // SEGMENT
     topics = _normal(g, max(segments // 20, 1), cfg.head_dim)
