@@ -1,1 +1,1 @@
-"""``nsa bench``: every step and the whole against full attention, after checking the very tensors that are timed."""
+"""``nsa bench``: steps, the whole and a model against full attention, after checking the very tensors that are timed."""

@@ -19,6 +19,7 @@ FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}  # time
 SCORE_ROUNDING = 2e-5  # relative; an importance within 1e-5 on each side of a comparison
 BY_QUERY = ("q", "gates", "o_cmp", "o_slc", "o_win")  # inputs with a row for each query
 SAMPLED = 64  # queries
+PART = 65536  # rows that are looked at together
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,8 @@ def _outside_zeroed(grad: Tensor, sample: Sample) -> Tensor:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Every number of ``x``, without a copy of it: there may be no room for one."""
-    low, high = x.aminmax()
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    """Every number of ``x [1, rows, ...]``, without a copy of it: there may be no room for one."""
+    return all(bool(torch.isfinite(torch.stack(part.aminmax())).all()) for part in torch.split(x, PART, 1))
 
 
 def compare(

@@ -1,9 +1,10 @@
-"""The command ``nsa bench``: options in, tables, a CSV and its picture out."""
+"""The command ``nsa bench steps``: options in, tables, a CSV and its picture out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,8 @@ from rich.console import Console
 from nsa.bench.baselines import BACKENDS
 from nsa.bench.cases import Case
 from nsa.bench.data import KINDS
-from nsa.bench.report import print_checked, print_results, print_wrong
-from nsa.bench.results import new_file, write_rows
+from nsa.bench.report import print_checked, print_machine, print_results, print_wrong
+from nsa.bench.results import Row, new_file, write_rows
 from nsa.bench.run import DIRECTIONS, CheckFailed, Plan, run
 from nsa.config import NSAConfig
 
@@ -39,7 +40,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
     device: Annotated[str | None, typer.Option(help="Default: the GPU. The CPU only shows that all of it runs.")] = None,
 ) -> None:
-    """Time every step and the whole against full attention, forward and backward, after checking the tensors that are timed.
+    """Time every step and the whole of one shape against full attention, after checking the tensors that are timed.
 
     Block sizes are the paper's; the mean compressor and the gate are included. A wrong tensor ends the run without a speed.
     """
@@ -65,28 +66,42 @@ def bench(
 
 def _carry_out(console: Console, plan: Plan, out: Path) -> None:
     start = time.monotonic()
-    try:
+    with ending_if_wrong(console):
         rows = run(
             plan,
             on_checked=lambda checked: print_checked(console, checked),
             on_skipped=lambda line: console.print(f"skipped {line}", highlight=False, markup=False),
         )
+    require_some(rows)
+    print_machine(console, rows[0])
+    print_results(console, rows)
+    save(console, rows, out, start)
+
+
+@contextmanager
+def ending_if_wrong(console: Console) -> Iterator[None]:
+    """A failed check ends the command, and says what was wrong."""
+    try:
+        yield
     except CheckFailed as failed:
         print_wrong(console, failed.findings)
         typer.echo(f"error: no speed is shown, because the check failed: {failed}", err=True)
         raise typer.Exit(1) from None
+
+
+def require_some(rows: Sequence[Row]) -> None:
+    """A run without a row ends the command."""
     if not rows:
         typer.echo("error: nothing could be measured", err=True)
         raise typer.Exit(1)
+
+
+def save(console: Console, rows: Sequence[Row], out: Path, start: float) -> None:
+    """Write the CSV and its picture. ``start``: ``time.monotonic()`` of the command."""
     from nsa.bench.plot import draw  # here, because it takes matplotlib, which no other command needs
 
     path = new_file(out, rows[0].date, rows[0].gpu)
     write_rows(path, rows)
-    first = rows[0]
-    console.print(
-        f"\n{first.gpu}, torch {first.torch}, triton {first.triton or '-'}, CUDA {first.cuda or '-'}", highlight=False
-    )
-    print_results(console, rows)
     console.print(f"results, in {time.monotonic() - start:.0f} s: {path}", highlight=False, soft_wrap=True)
     if any(row.implementation == "nsa" and row.valid for row in rows):
         picture = path.with_suffix(".png")

@@ -46,7 +46,22 @@ def time_calls(call: Callable[[], object], device: torch.device, milliseconds: f
     slow with events alone, for that would run half a dozen calls to find out how many to time. Elsewhere by the wall clock.
     """
     call()  # compiles
-    times = _on_gpu(call, milliseconds) if device.type == "cuda" else _on_host(call, milliseconds)
+    return _timing(_on_gpu(call, milliseconds) if device.type == "cuda" else _on_host(call, milliseconds))
+
+
+def time_slow(call: Callable[[], object], device: torch.device) -> tuple[Timing, int]:
+    """The time of a call that takes a second or so and ran just before, and its ``added_bytes``: few calls, none to warm up.
+
+    The memory of a CPU is not known and 0.
+    """
+    if device.type != "cuda":
+        return _timing(_on_host(call, 0)), 0
+    times: list[float] = []
+    added = added_bytes(lambda: times.extend(_between_events(call) for _ in range(FEW)))
+    return _timing(times), added
+
+
+def _timing(times: list[float]) -> Timing:
     low, median, high = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
     return Timing(median, low, high, len(times))
 

@@ -15,16 +15,13 @@ from nsa.bench.results import Row, find
 from nsa.bench.run import DIRECTIONS, Checked
 
 LABELS = {"nsa": "nsa", "cudnn": "cuDNN", "flash": "FlashAttention", "efficient": "memory-efficient"}
+ORDER = {step: i for i, step in enumerate((*STEPS, WHOLE))}
 
 
 def print_checked(console: Console, checked: Checked) -> None:
     """A line for each step's worst tensors, and the figures of the selections that will be timed."""
     case = checked.case
-    console.print(f"\n{case.length:,} tokens, {case.data}: {len(checked.findings)} tensors checked", highlight=False)
-    for step in (*STEPS, WHOLE):
-        mine = [f for f in checked.findings if f.step == step]
-        if mine:
-            console.print(f"  {step:<10} {_worst(mine)}", highlight=False)
+    print_findings(console, f"{case.length:,} tokens, {case.data}", checked.findings)
     console.print(
         f"  selections: neighbours share {checked.overlap:.2f} of their blocks, four neighbours select "
         f"{checked.union_of_4:.1f} together",
@@ -37,6 +34,14 @@ def print_checked(console: Console, checked: Checked) -> None:
             highlight=False,
             markup=False,
         )
+
+
+def print_findings(console: Console, title: str, findings: Sequence[Finding]) -> None:
+    """A line for each step's worst tensors."""
+    console.print(f"\n{title}: {len(findings)} tensors checked", highlight=False)
+    for step in sorted(dict.fromkeys(f.step for f in findings), key=lambda step: ORDER.get(step, len(ORDER))):
+        mine = [f for f in findings if f.step == step]
+        console.print(f"  {step:<10} {_worst(mine)}", highlight=False)
 
 
 def _worst(findings: Sequence[Finding]) -> str:
@@ -61,12 +66,17 @@ def print_wrong(console: Console, findings: Iterable[Finding]) -> None:
         )
 
 
+def print_machine(console: Console, row: Row) -> None:
+    line = f"\n{row.gpu}, torch {row.torch}, triton {row.triton or '-'}, CUDA {row.cuda or '-'}"
+    console.print(line, highlight=False)
+
+
 def print_results(console: Console, rows: Sequence[Row]) -> None:
-    """The whole against full attention, its steps, and its memory."""
+    """The whole against full attention, its steps, and its memory. ``rows``: of one geometry."""
     keys = list(dict.fromkeys((row.length, row.data, row.valid) for row in rows if row.implementation == "nsa"))
     full = [name for name in LABELS if name != "nsa" and find(rows, implementation=name)]
     console.print(_totals(rows, keys, full))
-    console.print(_steps(rows, keys))
+    print_steps(console, rows)
     if find(rows, kind="memory"):
         console.print(_memory(rows, keys, full))
 
@@ -81,6 +91,12 @@ def _totals(rows: Sequence[Row], keys: Sequence[tuple[int, str, bool]], full: Se
                 theirs = [_spread(find(rows, implementation=name, **cells)) for name in full]
                 table.add_row(direction, f"{length:,}", data, _spread(mine), *theirs, _ratio(mine.ratio_to_cudnn, valid))
     return table
+
+
+def print_steps(console: Console, rows: Sequence[Row]) -> None:
+    """What each step takes, where single steps were measured: of one geometry."""
+    keys = list(dict.fromkeys((row.length, row.data, row.valid) for row in rows if row.step in STEPS))
+    console.print(_steps(rows, keys))
 
 
 def _steps(rows: Sequence[Row], keys: Sequence[tuple[int, str, bool]]) -> Table:
@@ -98,7 +114,7 @@ def _steps(rows: Sequence[Row], keys: Sequence[tuple[int, str, bool]]) -> Table:
             if found[-1] is not None:
                 times = [row.median_ms if row else None for row in found]
                 times.insert(-1, math.fsum(t for t in times[:-1] if t is not None))
-                table.add_row(direction, f"{length:,}", data, *(_number(t) for t in times))
+                table.add_row(direction, f"{length:,}", data, *(number(t) for t in times))
     return table
 
 
@@ -126,10 +142,11 @@ def _table(title: str, columns: Sequence[str], first: Sequence[str] = ()) -> Tab
 
 
 def _spread(row: Row | None) -> str:
-    return "-" if row is None else f"{_number(row.median_ms)} ({_number(row.p20_ms)} to {_number(row.p80_ms)})"
+    return "-" if row is None else f"{number(row.median_ms)} ({number(row.p20_ms)} to {number(row.p80_ms)})"
 
 
-def _number(ms: float | None) -> str:
+def number(ms: float | None) -> str:
+    """Milliseconds to four digits or so."""
     return "-" if ms is None else f"{ms:.3f}" if ms < 10 else f"{ms:.2f}" if ms < 100 else f"{ms:.1f}"
 
 

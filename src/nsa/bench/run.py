@@ -79,7 +79,7 @@ def run(plan: Plan, on_checked: Callable[[Checked], None], on_skipped: Callable[
     rows: list[Row] = []
     device = plan.cases[0].device
     shared = environment(device)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with current(device):
         for case in plan.cases:
             blank = blank_row(case, shared)
             try:
@@ -88,6 +88,11 @@ def run(plan: Plan, on_checked: Callable[[Checked], None], on_skipped: Callable[
                 on_skipped(f"{case.length} {case.data}: out of memory")
             free(case.device)
     return rows
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make ``device`` the one that events and memory statistics speak of."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def blank_row(case: Case, shared: dict[str, Any]) -> Row:
