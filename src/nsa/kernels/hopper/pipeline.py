@@ -14,11 +14,12 @@ from nsa.kernels.triton import interval_forward, sequence, tile
 
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
-# Triton 3.9 renames all four.
+# Triton 3.9 renames all five.
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 load_numbers = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 # Arithmetic on scalars and rows is the same in both dialects.
 locate, span = gluon.jit(sequence.locate.fn), gluon.jit(sequence.span.fn)

@@ -28,6 +28,7 @@ from nsa.kernels.hopper.pipeline import (
     load_async,
     load_numbers,
     phase,
+    reinterpret,
     span,
     thread_barrier,
 )
@@ -199,8 +200,8 @@ def selected_dkv_kernel(
     q_boxes = gl.allocate_shared_memory(TYPE, [STAGES * (D // BOX) * QUERIES, 1, 1, G, BOX], q_desc.layout)
     g_boxes = gl.allocate_shared_memory(TYPE, [STAGES * (DV // BOX) * QUERIES, 1, 1, G, BOX], g_desc.layout)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q_buf = q_boxes._reinterpret(TYPE, [STAGES, ROWS, D], TILE)
-    g_buf = g_boxes._reinterpret(TYPE, [STAGES, ROWS, DV], TILE)
+    q_buf = reinterpret(q_boxes, TYPE, [STAGES, ROWS, D], TILE)
+    g_buf = reinterpret(g_boxes, TYPE, [STAGES, ROWS, DV], TILE)
     k_buf = gl.allocate_shared_memory(TYPE, [1, KEYS, 1, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(TYPE, [1, KEYS, 1, DV], v_desc.layout)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
