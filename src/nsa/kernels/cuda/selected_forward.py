@@ -1,4 +1,4 @@
-"""Selected attention on Hopper, a warp for two queries: the launcher of ``selected_forward.cu``.
+"""Selected attention on Hopper, a warp for one query or two: the launcher of ``selected_forward.cu`` and its sibling.
 
 The twin of ``kernels/hopper/selected_forward.py``.
 """
@@ -7,19 +7,33 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nsa.kernels.cuda import SIZE
+from nsa import tuning
+from nsa.kernels.cuda import GROUP, SIZE
 from nsa.kernels.cuda.selected_lists import Lists, Program, fill, load
 from nsa.kernels.triton.combine import Mix
 from nsa.kernels.triton.sequence import Spans
 from nsa.kernels.triton.tile import LOG2E
 
-QUERIES, THREADS = 16, 384  # R, and of a block
-# The ring's 10 tiles of 16 KiB, the queries' 64, the barriers, and what aligning takes.
-SHARED = 10 * (16 << 10) + (64 << 10) + 1024 + 1024
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel: queries of a tile, threads and bytes of shared memory of a block; and whether it loads queries in boxes."""
+
+    name: str
+    queries: int
+    threads: int
+    shared: int
+    boxes: bool
+
+
+# The rings' tiles of 16 KiB, of pairs the queries' 64 KiB, the barriers, and what aligning takes.
+PAIRS = Form("selected_forward", 16, 384, 10 * (16 << 10) + (64 << 10) + 1024 + 1024, False)
+ALONE = Form("selected_forward_alone", 12, 512, 14 * (16 << 10) + 1024 + 1024, True)
 
 
 class Call(Lists):
@@ -35,10 +49,19 @@ class Call(Lists):
     )  # fmt: skip
 
 
-@functools.cache
+def form() -> Form:
+    """The faster one."""
+    return PAIRS if tuning.HOPPER_SELECTED_PAIRS else ALONE
+
+
 def program(dtype: torch.dtype, device: int) -> Program | None:
     """The kernel on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
-    return load("selected_forward", QUERIES, THREADS, SHARED, dtype, device)
+    return _program(form(), dtype, device)
+
+
+@functools.cache
+def _program(form: Form, dtype: torch.dtype, device: int) -> Program | None:
+    return load(form.name, form.queries, form.threads, form.shared, dtype, device)
 
 
 def selected_forward(
@@ -62,6 +85,7 @@ def selected_forward(
         assert mixed is not None
         call.mixed, call.o_cmp, call.o_win, call.gates = (x.data_ptr() for x in (mixed, mix.o_cmp, mix.o_win, mix.gates))
         call.wide_gates = mix.gates.dtype == torch.float32
-    if fill(call, indices, spans, QUERIES, heads):
-        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1)], q.device)
+    its = form()
+    if fill(call, indices, spans, its.queries, heads):
+        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1), *([(q, 1, GROUP)] if its.boxes else [])], q.device)
     return o, lse, mixed
