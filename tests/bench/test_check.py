@@ -10,23 +10,13 @@ import nsa.reference.whole
 from nsa.bench.cases import Case, make_work
 from nsa.bench.check import check, sample_positions
 from nsa.bench.run import CheckFailed, Plan, run
+from tests.bench.planting import plant, wrong
 
 CFG = nsa.NSAConfig(
     head_dim=16, value_dim=24, num_heads=4, num_kv_heads=2, block_length=8, block_stride=4, selection_block_size=8,
     num_selected_blocks=6, window_size=24,
 )  # fmt: skip
 CASE = Case(192, "random", CFG, torch.bfloat16, torch.device("cpu"))
-
-
-def wrong(findings):
-    return {(f.step, f.direction, f.tensor) for f in findings if f.wrong}
-
-
-def plant(monkeypatch, name, change):
-    """Replace a step of the reference by ``change`` of it, alone and in the whole."""
-    spoiled = change(getattr(nsa.reference, name))
-    monkeypatch.setattr(nsa.reference, name, spoiled)
-    monkeypatch.setattr(nsa.reference.whole, name, spoiled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -9,9 +9,6 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-import nsa
-import nsa.reference
-import nsa.reference.whole
 from nsa.bench import long, training
 from nsa.bench.__main__ import app
 from nsa.bench.ahead import compile_ahead, touch_case, touch_model
@@ -23,6 +20,7 @@ from nsa.bench.run import CheckFailed
 from nsa.bench.summary import print_summary
 from nsa.bench.tables import TABLES
 from nsa.bench.training import check_training, make_training_work, measure_training
+from tests.bench.planting import plant, wrong
 from tests.bench.test_command import row
 
 CPU = torch.device("cpu")
@@ -32,17 +30,6 @@ LONG = Case(320, "random", TABLE.shape, torch.bfloat16, CPU)
 
 def bench(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def wrong(findings):
-    return {(f.step, f.direction, f.tensor) for f in findings if f.wrong}
-
-
-def plant(monkeypatch, name, change):
-    """Replace a step of the reference by ``change`` of it, alone and in the whole."""
-    spoiled = change(getattr(nsa.reference, name))
-    monkeypatch.setattr(nsa.reference, name, spoiled)
-    monkeypatch.setattr(nsa.reference.whole, name, spoiled)
 
 
 @pytest.fixture(scope="module")

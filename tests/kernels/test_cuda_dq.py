@@ -4,10 +4,8 @@ and its twin's. How it is compiled and kept, ``test_cuda_selected.py`` tests."""
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from nsa.layout import SeqInfo
 from nsa.ops.steps import selected_backward_op
 from tests import naive
 from tests.kernels.draws import guarded_inputs
-from tests.kernels.test_cuda_selected import CASES, CFG, DTYPES, big, odd_sets, twin
+from tests.kernels.test_cuda_selected import CASES, CFG, DTYPES, big, counted, odd_sets, twin
 from tests.steps import gradients, steps
 from tests.tolerance import assert_within_2x
 
@@ -57,18 +55,7 @@ def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeyp
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
-    """One entry for each call that this kernel took; a call that fell back is an error."""
-    taken: list[None] = []
-    gradient = kernels.selected_dq
-
-    def counted(*args: Any) -> Any:
-        taken.append(None)
-        return gradient(*args)
-
-    monkeypatch.setattr(kernels, "selected_dq", counted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        yield taken
+    yield from counted(monkeypatch, kernels, "selected_dq")
 
 
 @pytest.mark.gpu

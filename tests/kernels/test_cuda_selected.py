@@ -192,20 +192,24 @@ def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeyp
 # On a GPU.
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
-    """One entry for each call that this kernel took; a call that fell back is an error."""
+def counted(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> Iterator[list[None]]:
+    """One entry for each call that a kernel took; a call that fell back is an error."""
     taken: list[None] = []
-    forward = kernels.selected_forward
+    kernel = getattr(module, name)
 
-    def counted(*args: Any) -> Any:
+    def counting(*args: Any) -> Any:
         taken.append(None)
-        return forward(*args)
+        return kernel(*args)
 
-    monkeypatch.setattr(kernels, "selected_forward", counted)
+    monkeypatch.setattr(module, name, counting)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield taken
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
+    yield from counted(monkeypatch, kernels, "selected_forward")
 
 
 def twin(call: Callable[[], Any]) -> Any:
