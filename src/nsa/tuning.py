@@ -218,8 +218,6 @@ def importance_registers(dim: int, dtype: torch.dtype, starting: int, arch: int)
 # Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.
 HOPPER_SELECTED_STAGES = 3  # 14.6 ms random, 10.0 trained-like (2 stages: 14.5, 10.1; the portable kernel: 16.1, 11.1)
 
-HOPPER_SELECTED_PAIRS = False  # whether a warp of the forward in CUDA C++ has two queries, or one
-
 
 @dataclass(frozen=True)
 class Gather:

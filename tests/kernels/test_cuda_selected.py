@@ -4,7 +4,6 @@ twin's."""
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import re
 import shutil
@@ -40,27 +39,26 @@ static_assert(sizeof(Call) == {size});
 static_assert(SIZE == {block} && D == {dim} && G == {group} && R == {queries} && WIDTH == {width});
 static_assert(Item<R>::WORDS == {item} && THREADS == {threads} && 1023 + BARRIERS + (2 * SLOTS + 1) * 8 <= {shared});
 """
-DQ = kernels.Form("selected_dq", selected_dq.QUERIES, selected_dq.THREADS, selected_dq.SHARED, True)
-CALLS = {kernels.PAIRS: kernels.Call, kernels.ALONE: kernels.Call, DQ: selected_dq.Call}
-SPILLS = {kernels.PAIRS: 32, kernels.ALONE: 32, DQ: 0}  # bytes that a thread may store
-EACH = pytest.mark.parametrize(("form", "dtype"), [*itertools.product(CALLS, DTYPES)], ids=lambda x: getattr(x, "name", str(x)))
+LAUNCHERS = {"selected_forward": kernels, "selected_dq": selected_dq}
+SPILLS = {"selected_forward": 32, "selected_dq": 0}  # bytes that a thread may store
+EACH = pytest.mark.parametrize(("name", "dtype"), [*itertools.product(LAUNCHERS, DTYPES)], ids=str)
 
 
 @EACH
-def test_compiles_by_nvcc(form: kernels.Form, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_compiles_by_nvcc(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Within registers and shared memory; and what the launcher says twice is said alike."""
-    call: Any = CALLS[form]
+    launcher: Any = LAUNCHERS[name]
     if NVCC is None:
         pytest.skip("there is no nvcc here")
     source = tmp_path / "layout.cu"
     fields = [
-        f"static_assert(__builtin_offsetof(Call, {x[0]}) == {getattr(call, x[0]).offset});"
-        for x in (*selected_lists.Lists._fields_, *call._fields_)
+        f"static_assert(__builtin_offsetof(Call, {x[0]}) == {getattr(launcher.Call, x[0]).offset});"
+        for x in (*selected_lists.Lists._fields_, *launcher.Call._fields_)
     ]
     source.write_text(LAYOUT.format(
-        source=nvrtc.SOURCES / f"{form.name}.cu", size=ctypes.sizeof(call), fields="\n".join(fields),
-        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=cuda.GROUP, queries=form.queries, width=cuda.WIDTH,
-        item=selected_lists.item_words(form.queries), threads=form.threads, shared=form.shared,
+        source=nvrtc.SOURCES / f"{name}.cu", size=ctypes.sizeof(launcher.Call), fields="\n".join(fields),
+        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=cuda.GROUP, queries=launcher.QUERIES, width=cuda.WIDTH,
+        item=selected_lists.item_words(launcher.QUERIES), threads=launcher.THREADS, shared=launcher.SHARED,
     ))  # fmt: skip
     options = selected_lists.options(dtype)
     command = [NVCC, "-cubin", "-o", str(tmp_path / "layout.cubin"), "--ptxas-options=-v", *options, str(source)]
@@ -68,19 +66,19 @@ def test_compiles_by_nvcc(form: kernels.Form, dtype: torch.dtype, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
     assert "setmaxnreg" not in said, said  # ptxas says so where it ignores it
-    assert max(int(x) for x in re.findall(r"Used (\d+) registers", said)) <= 65536 // form.threads
-    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= SPILLS[form]
-    assert form.shared <= 232448
+    assert max(int(x) for x in re.findall(r"Used (\d+) registers", said)) <= 65536 // launcher.THREADS
+    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= SPILLS[name]
+    assert launcher.SHARED <= 232448
     assert max(map(int, re.findall(r"(\d+) bytes smem", said))) + 2 * cuda.MOST_KEYS // cuda.SIZE // 32 * 4 <= 48 << 10
 
 
 @EACH
-def test_compiles_by_nvrtc(form: kernels.Form, dtype: torch.dtype) -> None:
+def test_compiles_by_nvrtc(name: str, dtype: torch.dtype) -> None:
     try:
         nvrtc.library()
     except nvrtc.Unavailable as reason:
         pytest.skip(str(reason))
-    assert nvrtc._compile(f"{form.name}.cu", nvrtc.sources(), selected_lists.options(dtype)).startswith(b"\x7fELF")
+    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype)).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -161,13 +159,13 @@ def test_does_without_a_cache(compiled: list[Any], tmp_path: Path, monkeypatch: 
     assert nvrtc.cubin("selected_forward.cu", ()) == b"selected_forward.cu"
 
 
-@pytest.mark.parametrize("form", CALLS, ids=lambda form: form.name)
+@pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("fails", ["library", "version"])
-def test_says_why_its_twin_runs(form: kernels.Form, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = selected_dq.program.__wrapped__ if form is DQ else functools.partial(kernels._program.__wrapped__, form)
+def test_says_why_its_twin_runs(name: str, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher: Any = LAUNCHERS[name]
     monkeypatch.setattr(nvrtc, fails, mock.Mock(side_effect=nvrtc.Unavailable("the reason")))
-    with pytest.warns(RuntimeWarning, match=f"{form.name} takes its slower kernel: the reason") as warned:
-        assert load(torch.bfloat16, 0) is None
+    with pytest.warns(RuntimeWarning, match=f"{name} takes its slower kernel: the reason") as warned:
+        assert launcher.program.__wrapped__(torch.bfloat16, 0) is None
     assert warned[0].filename == __file__
 
 
@@ -293,11 +291,7 @@ def big(tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "dtype"), [*itertools.product([1003, 8191], DTYPES), (40000, torch.bfloat16)])
-@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "alone"])
-def test_the_same_every_time(
-    tokens: int, dtype: torch.dtype, pairs: bool, calls: list[None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch.tuning, "HOPPER_SELECTED_PAIRS", pairs)
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, calls: list[None]) -> None:
     q, k, v, indices = big(tokens, dtype)
     call = lambda: ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
     o, lse = call()

@@ -58,10 +58,27 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 full,
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
                ::"r"(to), "l"(map), "r"(full), "r"(column), "r"(head), "r"(row), "r"(batch) : "memory");
 }
+// The same, of what is read by this CTA alone: the first to leave L2.
+__device__ __forceinline__ void load_box_once(u32 to, const TensorMap* map, u32 full, int column, int head, int row, int batch) {
+  asm volatile("{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+               "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%3, %4, %5, %6}], [%2], policy;}"
+               ::"r"(to), "l"(map), "r"(full), "r"(column), "r"(head), "r"(row), "r"(batch) : "memory");
+}
 __device__ __forceinline__ void copy_16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Global memory that is read or written once: it should not drive out of L2 what is read again.
+__device__ __forceinline__ uint4 load_once(const uint4* a) {
+  uint4 x;
+  asm volatile("ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(a) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_once(uint4* a, uint4 x) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(a), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
 
 // Four 8 x 8 matrices, whose rows of 16 bytes the lanes give: as they lie, and turned.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 a) {

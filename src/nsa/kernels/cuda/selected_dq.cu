@@ -113,7 +113,7 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
     uint4 old[4];
     if (c.add) {
 #pragma unroll
-      for (int m = 0; m < 4; m++) old[m] = to[4 * m];
+      for (int m = 0; m < 4; m++) old[m] = load_once(to + 4 * m);
     }
 #pragma unroll
     for (int m = 0; m < 4; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
@@ -134,7 +134,7 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
 #pragma unroll
       for (int i = 0; i < 4; i++) w[i] = pack(sum[i][0], sum[i][1]);
       transpose(w, j);
-      to[4 * m] = make_uint4(w[0], w[1], w[2], w[3]);
+      store_once(to + 4 * m, make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
 }
@@ -147,8 +147,8 @@ __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMa
     loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
       for (int n = 0; n < SHARE; n++)
         for (int i = 0; i < 2; i++, to += QUERY_BYTES) {
-          load_box(to, i ? g_map : q_map, full, 0, of, row + n, batch);
-          load_box(to + QUERY_BYTES / 2, i ? g_map : q_map, full, D / 2, of, row + n, batch);
+          load_box_once(to, i ? g_map : q_map, full, 0, of, row + n, batch);
+          load_box_once(to + QUERY_BYTES / 2, i ? g_map : q_map, full, D / 2, of, row + n, batch);
         }
     });
 }

@@ -1,163 +1,287 @@
-// Selected attention on Hopper, a warp for two queries: what a query did not select is not computed for it.
+// Selected attention on Hopper, a warp for each query: what a query did not select is not computed for it.
 //
 // A tile is R neighbouring queries of a KV head, all G heads of each. The blocks that any of them selected come once, through a ring
-// in shared memory; each warp walks its own list of them and never touches the others. Reading keys and values from shared memory is
-// what bounds this (16 rows a fragment), so a warp has two queries: where both want a block they share its fragments.
+// in shared memory; each warp walks its own list of them and never touches the others. The queries come through the ring as well, and
+// stay in registers: that leaves room for a longer ring, and spares every block the reading of its left operand.
 //
 // One CTA a multiprocessor goes from tile to tile, and its warps run over a tile's end on their own: nothing waits for all of them.
-#include "softmax.cuh"
+#include "ring.cuh"
 
 namespace {
 
-constexpr int R = 16, WARPS = 8, PAIR = 2;       // queries of a tile, warps that multiply, queries of each
+constexpr int R = 12, WARPS = 12;                // queries of a tile, warps that multiply, each for one query
 constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
-constexpr int SLOTS = 10;                        // of the ring, each the keys or the values of a block
-constexpr int BARRIERS = SLOTS * TILE_BYTES + R * QUERY_BYTES;  // where they lie, after the ring and the queries
+constexpr int SLOTS = 14;                        // of the ring, each the keys or the values of a block, or SHARE queries
+constexpr int SHARE = TILE_BYTES / QUERY_BYTES, AHEAD = R / SHARE;  // and so many of these come ahead of a tile's blocks
+constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
+constexpr float LN2 = 0.6931471805599453f;
+constexpr float LAZY = 8;                        // the maximum in use may be 2^8 too low: no probability is over 256
 
-static_assert(R == WARPS * PAIR);
+static_assert(R == WARPS && AHEAD * SHARE == R);
 using In = Item<R>;
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(R * WIDTH) selected_lists(const Lists c) { make_lists<R, PAIR>(c); }
+// The arguments.
+struct Call : Lists {
+  const u16* q;           // [B, rows, HQ, D] with the strides below
+  i64 q_batch, q_row, q_head;
+  u16* o;                 // [B, rows, HQ, D], or null
+  float* lse;             // [B, HQ, rows]
+  u16* mixed;             // [B, rows, HQ, D], the gated sum, or null: then so are the next three
+  const u16* o_cmp;       // as o
+  const u16* o_win;       // as o
+  const void* gates;      // [B, rows, HQ, 3]
+  int wide_gates;         // fp32, else of q's type
+  float scale;            // with log2(e)
+  u32 zero;               // 0, which the compiler must not know
+};
+
+extern "C" __global__ void __launch_bounds__(R * WIDTH) selected_lists(const Lists c) { make_lists<R, 1>(c); }
 
 // ---- attention
 
 namespace {
 
-// s = Q K^T of N queries. `q_at` and `k_at` at the lane's row; ^ 32 i goes 16 i columns on within the 64 of a swizzled box.
-template <int N>
-__device__ __forceinline__ void scores(float (&s)[N][8][4], const u32 (&q_at)[PAIR], u32 k_at) {
+struct Rows {  // of a query, its G heads: 4 neighbouring lanes hold rows lane / 4 and lane / 4 + 8
+  float acc[D / 8][4], m[2], l[2];  // l of the lane's own columns
+};
+
+__device__ __forceinline__ void reset(Rows& x) {
 #pragma unroll
-  for (int n = 0; n < N; n++)
+  for (int i = 0; i < D / 8; i++)
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 4; j++) x.acc[i][j] = 0;
+  x.m[0] = x.m[1] = minus_infinity();
+  x.l[0] = x.l[1] = 0;
+}
+
+// Scores of a block to probabilities, as left operands of the products with its values. Only where the maximum of a row grew by more
+// than LAZY is it taken over, with all that it costs: exchange between lanes and rescaling.
+__device__ __forceinline__ void soften(float (&s)[8][4], u32 (&p)[4][4], Rows& x, float scale) {
+  float a = s[0][0], b = s[0][2];
 #pragma unroll
-      for (int j = 0; j < 4; j++) s[n][i][j] = 0;
+  for (int i = 0; i < 8; i++) {
+    a = fmaxf(a, fmaxf(s[i][0], s[i][1]));
+    b = fmaxf(b, fmaxf(s[i][2], s[i][3]));
+  }
+  a *= scale;
+  b *= scale;
+  if (__any_sync(~0u, a > x.m[0] + LAZY || b > x.m[1] + LAZY)) {
+    a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
+    b = fmaxf(b, __shfl_xor_sync(~0u, b, 1));
+    a = fmaxf(fmaxf(a, __shfl_xor_sync(~0u, a, 2)), x.m[0]);
+    b = fmaxf(fmaxf(b, __shfl_xor_sync(~0u, b, 2)), x.m[1]);
+    const float less_a = exp2_fast(x.m[0] - a), less_b = exp2_fast(x.m[1] - b);
+    x.m[0] = a;
+    x.m[1] = b;
+    x.l[0] *= less_a;
+    x.l[1] *= less_b;
 #pragma unroll
-  for (int d = 0; d < D / 16; d++) {
-    u32 a[N][4];
+    for (int i = 0; i < D / 8; i++) {
+      x.acc[i][0] *= less_a;
+      x.acc[i][1] *= less_a;
+      x.acc[i][2] *= less_b;
+      x.acc[i][3] *= less_b;
+    }
+  }
+  const float minus_a = -x.m[0], minus_b = -x.m[1];
+  float sum_a[2] = {0, 0}, sum_b[2] = {0, 0};
 #pragma unroll
-    for (int n = 0; n < N; n++) load_matrices(a[n], (q_at[n] ^ (d & 3) * 32) + (d >> 2) * (QUERY_BYTES / 2));
+  for (int i = 0; i < 8; i++) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      s[i][j] = exp2_fast(fmaf(s[i][j], scale, minus_a));
+      s[i][2 + j] = exp2_fast(fmaf(s[i][2 + j], scale, minus_b));
+      sum_a[j] += s[i][j];
+      sum_b[j] += s[i][2 + j];
+    }
+    p[i / 2][i % 2 * 2] = pack_here(s[i][0], s[i][1]);
+    p[i / 2][i % 2 * 2 + 1] = pack_here(s[i][2], s[i][3]);
+  }
+  x.l[0] += sum_a[0] + sum_a[1];
+  x.l[1] += sum_b[0] + sum_b[1];
+}
+
+struct Query {
+  u32 q[D / 16][4];
+};
+
+__device__ __forceinline__ void scores(float (&s)[8][4], const Query& left, u32 k_at) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) s[i][j] = 0;
+#pragma unroll
+  for (int d = 0; d < D / 16; d++)
 #pragma unroll
     for (int keys = 0; keys < SIZE / 16; keys++) {
       u32 b[4];
       load_matrices(b, (k_at ^ (d & 3) * 32) + (d >> 2) * (TILE_BYTES / 2) + keys * 2048);
-#pragma unroll
-      for (int n = 0; n < N; n++) {
-        multiply_add(s[n][2 * keys], a[n], b[0], b[1]);
-        multiply_add(s[n][2 * keys + 1], a[n], b[2], b[3]);
-      }
+      multiply_add(s[2 * keys], left.q[d], b[0], b[1]);
+      multiply_add(s[2 * keys + 1], left.q[d], b[2], b[3]);
     }
-  }
 }
 
-// A block into N queries' rows: of its keys the first query sees those to `last`, the second one more. Before key `end` they are of
-// the sequence.
-template <int N>
-__device__ __forceinline__ void attend(Ring<SLOTS>& ring, u32 load, int last, int end, Rows& x, Rows& y, const u32 (&q_at)[PAIR],
-                                       u32 straight, u32 turned, float scale, int lane) {
-  float s[N][8][4];
+// A block, of whose keys the query sees those to `last`, and those before `end` are of the sequence, into the query's rows.
+__device__ __forceinline__ void attend(Ring<SLOTS>& ring, u32 load, int last, int end, Rows& x, const Query& left, u32 straight,
+                                       u32 turned, float scale, int lane) {
+  float s[8][4];
   u32 slot = ring.wait(load);
-  scores<N>(s, q_at, ring.slots + slot * TILE_BYTES + straight);
+  scores(s, left, ring.slots + slot * TILE_BYTES + straight);
   u32 after = 0;
 #pragma unroll
-  for (int i = 0; i < 8; i++) after |= __float_as_uint(s[N - 1][i][0]);
+  for (int i = 0; i < 8; i++) after |= __float_as_uint(s[i][0]);
   ring.leave(slot, after, lane);
-  if (last < SIZE - 1) {
-#pragma unroll
-    for (int n = 0; n < N; n++) hide_future(s[n], last + n, lane, minus_infinity());
-  }
-  u32 p[N][4][4];
-  soften(s[0], p[0], x, scale);
-  if constexpr (N == 2) soften(s[1], p[1], y, scale);
+  if (last < SIZE - 1) hide_future(s, last, lane, minus_infinity());
+  u32 p[1][4][4];
+  soften(s, p[0], x, scale);
   slot = ring.wait(load + 1);
   if (end < SIZE) blank_past(ring.slots + slot * TILE_BYTES, end, lane);
-  add_product<N>(p, x.acc, y.acc, ring.slots + slot * TILE_BYTES + turned);
+  add_product<1>(p, x.acc, x.acc, ring.slots + slot * TILE_BYTES + turned);
   after = 0;
 #pragma unroll
-  for (int i = 0; i < D / 8; i++) after |= __float_as_uint((N == 2 ? y : x).acc[i][0]);
+  for (int i = 0; i < D / 8; i++) after |= __float_as_uint(x.acc[i][0]);
   ring.leave(slot, after, lane);
 }
 
-// The queries of warp `warp` to `to`, as boxes of 64 columns swizzled like those of keys.
-__device__ __forceinline__ void load_queries(u32 to, const Call& c, u32 head, int warp, int lane) {
-  const int batch = word(head, BATCH), row = word(head, ROW) + warp * PAIR, hk = word(head, KV_HEAD);
-  const int left = word(head, QUERIES) - warp * PAIR;
-  const u16* from = c.q + batch * c.q_batch + row * c.q_row + (hk * G + (lane >> 4)) * c.q_head + (lane & 15) * 8;
-  to += (lane >> 3 & 1) * (QUERY_BYTES / 2) + (lane >> 4) * 128 + (((lane & 7) ^ (lane >> 4)) << 4);
-  asm volatile("" : "+r"(to));  // made here, not kept
-#pragma unroll
-  for (int n = 0; n < PAIR; n++) {
-    if (n >= left) break;
-#pragma unroll
-    for (int i = 0; i < G / 2; i++)  // heads 2 i and 2 i + 1
-      copy_16((to ^ (i & 3) * 32) + n * QUERY_BYTES + i * 256, from + n * c.q_row + 2 * i * c.q_head);
-  }
+__device__ __forceinline__ float gate(const Call& c, i64 i) {
+  return c.wide_gates ? static_cast<const float*>(c.gates)[i] : widen(static_cast<const u16*>(c.gates)[i]);
 }
 
-__device__ __forceinline__ void multiply(Ring<SLOTS>& ring, u32 queries, const Call& c, int warp, int lane) {
-  const int items = c.tiles * c.kv_heads;
-  const u32 straight = straight_at(lane), turned = turned_at(lane);
-  queries += warp * (PAIR * QUERY_BYTES);
-  const u32 q_at[PAIR] = {queries + turned, queries + QUERY_BYTES + turned};
-  const u32 second_at[PAIR] = {q_at[1], q_at[1]};
-  Rows x, y;
-  u32 first = 0;  // blocks of the tiles before
-  int i = blockIdx.x;
-  u32 head = head_of<R>(c, i, items, lane), next = head_of<R>(c, i + gridDim.x, items, lane);
-  u32 list = c.lists[(i64)i * In::WORDS + In::OWN + warp * 32 + lane];
-  load_queries(queries, c, head, warp, lane);
-  while (i < items) {
-    reset(x);
-    reset(y);
-    copies_wait();
-    __syncwarp();
-    const int position = word(head, POSITION) + warp * PAIR, k_len = word(head, END);
-    const int entries = __popc(__ballot_sync(~0u, list != 0));
-    for (int e = 0; e < entries; e++) {
-      const u32 entry = __shfl_sync(~0u, list, e);
-      const u32 load = 2 * (first + (entry >> 20 & 0x1ff)), which = entry >> 29;
-      const int key = (int)(entry & 0xfffff) * SIZE, last = position - key, end = k_len - key;
-      if (which == 3) {
-        attend<2>(ring, load, last, end, x, y, q_at, straight, turned, c.scale, lane);
-      } else if (which == 1) {
-        attend<1>(ring, load, last, end, x, x, q_at, straight, turned, c.scale, lane);
-      } else {
-        attend<1>(ring, load, last + 1, end, y, y, second_at, straight, turned, c.scale, lane);
+// What the branches give to 2 neighbouring columns; this one's rounded, as it would be were it written and read.
+__device__ __forceinline__ u32 mix(u32 cmp, u32 slc, u32 win, const float (&g)[3]) {
+  float sum[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    sum[i] = g[0] * widen((u16)(cmp >> 16 * i)) + g[1] * widen((u16)(slc >> 16 * i)) + g[2] * widen((u16)(win >> 16 * i));
+  return pack(sum[0], sum[1]);
+}
+
+// A query's rows to memory; `row` of it in its batch.
+template <bool MIX>
+__device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, int row, int hk, int lane) {
+  const int j = lane & 3;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int head = hk * G + (lane >> 2) + 8 * h;
+    const i64 at = ((i64)batch * c.rows + row) * c.heads + head, word = at * (D / 8) + j;
+    uint4 cmp[4], win[4];  // what it mixes, all asked for at once: it comes from memory
+    float g[3];
+    if constexpr (MIX) {
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        cmp[m] = load_once(reinterpret_cast<const uint4*>(c.o_cmp) + word + 4 * m);
+        win[m] = load_once(reinterpret_cast<const uint4*>(c.o_win) + word + 4 * m);
+      }
+#pragma unroll
+      for (int i = 0; i < 3; i++) g[i] = gate(c, at * 3 + i);
+    }
+    float l = x.l[h];
+    l += __shfl_xor_sync(~0u, l, 1);
+    l += __shfl_xor_sync(~0u, l, 2);
+    const float inverse = l > 0 ? 1.0f / l : 0.0f;
+    if (j == 0) c.lse[((i64)batch * c.heads + head) * c.rows + row] = l > 0 ? (x.m[h] + log2_fast(l)) * LN2 : minus_infinity();
+#pragma unroll
+    for (int m = 0; m < 4; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
+      u32 w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = pack(x.acc[4 * m + i][2 * h] * inverse, x.acc[4 * m + i][2 * h + 1] * inverse);
+      transpose(w, j);
+      if (c.o) store_once(reinterpret_cast<uint4*>(c.o) + word + 4 * m, make_uint4(w[0], w[1], w[2], w[3]));
+      if constexpr (MIX) {
+        const uint4 a = cmp[m], b = win[m];
+        store_once(reinterpret_cast<uint4*>(c.mixed) + word + 4 * m,
+                   make_uint4(mix(a.x, w[0], b.x, g), mix(a.y, w[1], b.y, g), mix(a.z, w[2], b.z, g), mix(a.w, w[3], b.w, g)));
       }
     }
+  }
+}
+__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int row, int hk, int lane) {
+  if (c.mixed) write<true>(x, c, batch, row, hk, lane);
+  else write<false>(x, c, batch, row, hk, lane);
+}
+
+// The loads of a tile ahead of its blocks: of each query its heads in boxes of 64 columns. Past a sequence's end come others' rows,
+// and past the tensor's zeros: nobody uses them.
+__device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMap* q_map, u32 head) {
+  const int batch = word(head, BATCH), first = word(head, ROW), of = word(head, KV_HEAD) * G;
+  for (int row = first; row < first + R; row += SHARE)
+    loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
+      for (int n = 0; n < SHARE; n++, to += QUERY_BYTES) {
+        load_box_once(to, q_map, full, 0, of, row + n, batch);
+        load_box_once(to + QUERY_BYTES / 2, q_map, full, D / 2, of, row + n, batch);
+      }
+    });
+}
+
+__device__ __forceinline__ void take_query(Query& left, Ring<SLOTS>& ring, u32 load, int warp, u32 turned, int lane) {
+  const u32 slot = ring.wait(load);
+  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * QUERY_BYTES, after = 0;
+  asm volatile("" : "+r"(at));  // made here, not kept
+  at += turned;
+#pragma unroll
+  for (int d = 0; d < D / 16; d++) {
+    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (QUERY_BYTES / 2));
+    after |= left.q[d][0];
+  }
+  ring.leave(slot, after, lane);
+}
+
+__device__ __forceinline__ u32 own_list(const Call& c, int i, int warp, int lane) {
+  return lane < WIDTH ? c.lists[(i64)i * In::WORDS + In::OWN + warp * WIDTH + lane] : 0;
+}
+
+__device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int warp, int lane) {
+  const int items = c.tiles * c.kv_heads;
+  const u32 straight = straight_at(lane), turned = turned_at(lane);
+  Query left;
+  Rows x;
+  u32 first = 0;  // loads of the tiles before
+  int i = blockIdx.x;
+  u32 head = head_of<R>(c, i, items, lane), next = head_of<R>(c, i + gridDim.x, items, lane);
+  u32 list = own_list(c, i, warp, lane);
+  while (i < items) {
+    reset(x);
     __syncwarp();
-    const int batch = word(head, BATCH), row = word(head, ROW) + warp * PAIR, hk = word(head, KV_HEAD);
-    const int left = word(head, QUERIES) - warp * PAIR;
-    first += word(head, COUNT);
+    take_query(left, ring, first + warp / SHARE, warp, turned, lane);
+    const int position = word(head, POSITION) + warp, k_len = word(head, END);
+#pragma unroll 1
+    for (int e = 0; e < WIDTH; e++) {
+      const u32 entry = __shfl_sync(~0u, list, e);
+      if (entry == 0) break;
+      const int key = (int)(entry & 0xfffff) * SIZE;
+      attend(ring, first + AHEAD + 2 * (entry >> 20 & 0x1ff), position - key, k_len - key, x, left, straight, turned, c.scale, lane);
+    }
+    __syncwarp();
+    const int batch = word(head, BATCH), row = word(head, ROW) + warp, hk = word(head, KV_HEAD);
+    const bool stored = warp < word(head, QUERIES);
+    first += AHEAD + 2 * word(head, COUNT);
     // What the next tile needs comes while this one's rows are written.
     i += gridDim.x;
     head = next;
     next = head_of<R>(c, i + gridDim.x, items, lane);
-    if (i < items) {
-      list = c.lists[(i64)i * In::WORDS + In::OWN + warp * 32 + lane];
-      load_queries(queries, c, head, warp, lane);
-    }
-    if (left > 0) finish(x, c, batch, row, hk, lane);
-    if (left > 1) finish(y, c, batch, row + 1, hk, lane);
+    if (i < items) list = own_list(c, i, warp, lane);
+    if (stored) finish(x, c, batch, row, hk, lane);
   }
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-selected_forward(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const __grid_constant__ Call c) {
+selected_forward(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+                 const __grid_constant__ TensorMap q_map, const __grid_constant__ Call c) {
   extern __shared__ unsigned char memory[];
   Ring<SLOTS> ring(memory, BARRIERS, c.zero);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   ring.begin(WARPS);
-  // Registers move only within what the CTA was given: 12 warps of 168.
+  // Registers move only within what the CTA was given: 16 warps of 128.
   if (warp >= WARPS) {
     fewer_registers<24>();
-    if (warp == WARPS) load_blocks<R, WARPS>(ring, &k_map, &v_map, c, lane, [](Loads<SLOTS>&, u32) {});
+    const auto ahead = [&](Loads<SLOTS>& loads, u32 head) { load_queries(loads, &q_map, head); };
+    if (warp == WARPS) load_blocks<R, WARPS>(ring, &k_map, &v_map, c, lane, ahead);
   } else {
-    more_registers<240>();
-    multiply(ring, ring.slots + SLOTS * TILE_BYTES, c, warp, lane);
+    more_registers<160>();
+    multiply(ring, c, warp, lane);
   }
 }

@@ -1,4 +1,4 @@
-"""Selected attention on Hopper, a warp for one query or two: the launcher of ``selected_forward.cu`` and its sibling.
+"""Selected attention on Hopper, a warp for each query: the launcher of ``selected_forward.cu``.
 
 The twin of ``kernels/hopper/selected_forward.py``.
 """
@@ -7,33 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nsa import tuning
 from nsa.kernels.cuda import GROUP, SIZE
 from nsa.kernels.cuda.selected_lists import Lists, Program, fill, load
 from nsa.kernels.triton.combine import Mix
 from nsa.kernels.triton.sequence import Spans
 from nsa.kernels.triton.tile import LOG2E
 
-
-@dataclass(frozen=True)
-class Form:
-    """A kernel: queries of a tile, threads and bytes of shared memory of a block; and whether it loads queries in boxes."""
-
-    name: str
-    queries: int
-    threads: int
-    shared: int
-    boxes: bool
-
-
-# The rings' tiles of 16 KiB, of pairs the queries' 64 KiB, the barriers, and what aligning takes.
-PAIRS = Form("selected_forward", 16, 384, 10 * (16 << 10) + (64 << 10) + 1024 + 1024, False)
-ALONE = Form("selected_forward_alone", 12, 512, 14 * (16 << 10) + 1024 + 1024, True)
+QUERIES, THREADS = 12, 512  # R, and of a block
+# The ring's 14 tiles of 16 KiB, the barriers, and what aligning takes.
+SHARED = 14 * (16 << 10) + 1024 + 1024
 
 
 class Call(Lists):
@@ -49,19 +35,10 @@ class Call(Lists):
     )  # fmt: skip
 
 
-def form() -> Form:
-    """The faster one."""
-    return PAIRS if tuning.HOPPER_SELECTED_PAIRS else ALONE
-
-
+@functools.cache
 def program(dtype: torch.dtype, device: int) -> Program | None:
     """The kernel on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
-    return _program(form(), dtype, device)
-
-
-@functools.cache
-def _program(form: Form, dtype: torch.dtype, device: int) -> Program | None:
-    return load(form.name, form.queries, form.threads, form.shared, dtype, device)
+    return load("selected_forward", QUERIES, THREADS, SHARED, dtype, device)
 
 
 def selected_forward(
@@ -85,7 +62,6 @@ def selected_forward(
         assert mixed is not None
         call.mixed, call.o_cmp, call.o_win, call.gates = (x.data_ptr() for x in (mixed, mix.o_cmp, mix.o_win, mix.gates))
         call.wide_gates = mix.gates.dtype == torch.float32
-    its = form()
-    if fill(call, indices, spans, its.queries, heads):
-        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1), *([(q, 1, GROUP)] if its.boxes else [])], q.device)
+    if fill(call, indices, spans, QUERIES, heads):
+        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1), (q, 1, GROUP)], q.device)
     return o, lse, mixed
