@@ -3,7 +3,6 @@ and its twin's. How it is compiled and kept, ``test_cuda_selected.py`` tests."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import nsa
 from nsa import ops
 from nsa.kernels import launch
 from nsa.kernels.cuda import selected_dq as kernels
@@ -20,7 +20,7 @@ from nsa.layout import SeqInfo
 from nsa.ops.steps import selected_backward_op
 from tests import naive
 from tests.kernels.draws import guarded_inputs
-from tests.kernels.test_cuda_selected import CASES, CFG, DTYPES, big, counted, odd_sets, twin
+from tests.kernels.test_cuda_selected import CASES, CFG, DTYPES, GROUPS, LARGE, SMALLER, big, counted, odd_sets, of_group, twin
 from tests.steps import gradients, steps
 from tests.tolerance import assert_within_2x
 
@@ -29,7 +29,14 @@ SCALE = CFG.softmax_scale
 
 @pytest.mark.parametrize(
     ("place", "group", "loads", "runs"),
-    [("cuda", 16, True, "cuda"), ("cuda", 16, False, "triton"), ("cuda", 8, True, "triton"), ("cpu", 16, True, "triton")],
+    [
+        ("cuda", 16, True, "cuda"),
+        ("cuda", 16, False, "triton"),
+        ("cuda", 1, True, "cuda"),
+        ("cuda", 8, False, "triton"),
+        ("cuda", 12, True, "triton"),
+        ("cpu", 16, True, "triton"),
+    ],
 )
 def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = lambda heads: SimpleNamespace(shape=(1, 99, heads, 128), dtype=torch.bfloat16, device=torch.device(place, 0))
@@ -37,7 +44,7 @@ def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeyp
     monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
     monkeypatch.setattr(launch.hopper, "gathers", lambda *_: False)
     monkeypatch.setattr(launch, "union_lists", lambda *_: None)
-    monkeypatch.setattr(kernels, "program", lambda *_: object() if loads else None)
+    monkeypatch.setattr(kernels, "program", lambda _, asked, __: object() if loads and asked == group else None)
     monkeypatch.setattr(kernels, "selected_dq", lambda *_: "cuda")
     monkeypatch.setattr(portable, "selected_dq", lambda *_: "triton")
     monkeypatch.setattr(portable, "selected_dkv", lambda *_: ("dk", "dv"))
@@ -87,6 +94,29 @@ def test_beside_reference_and_twin(name: str, width: int, dtype: torch.dtype, ca
     assert len(calls) == (2 if max(case.lens_k) == 1 else 4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "name"), [*SMALLER, (2, "packed chunks")])
+def test_smaller_groups(group: int, name: str, calls: list[None]) -> None:
+    case, dtype = of_group(name, group)
+    low = guarded_inputs(case, dtype, "cuda")
+    indices, told = odd_sets(case, 16), case.lengths("cuda")
+    rng = torch.Generator("cuda").manual_seed(case.seed)
+    grad = torch.randn(low.q.shape, generator=rng, dtype=torch.float64, device="cuda").to(dtype)
+    exact, plain = low.to(torch.float64), low.to(dtype)
+    outputs = (
+        nsa.selected_attention(low.q, low.k_slc.detach(), low.v_slc.detach(), indices, case.cfg, **told, backend="triton"),
+        nsa.selected_attention(exact.q, exact.k_slc, exact.v_slc, indices, case.cfg, **told),
+        naive.nsa_steps(case, plain, indices).o_slc,
+    )
+    mine, want, other = (
+        torch.autograd.grad(o, x.q, grad.to(o.dtype), retain_graph=True)[0] for x, o in zip((low, exact, plain), outputs)
+    )
+    assert len(calls) == 1
+    assert_within_2x(f"dq of o_slc of {case}", mine, want, other, dtype)
+    theirs = twin(lambda: torch.autograd.grad(outputs[0], low.q, grad, retain_graph=True)[0])
+    assert (mine.double() - theirs.double()).norm() <= 1e-2 * theirs.double().norm()
+
+
 def statistics(shape: tuple[int, ...], rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """A shift that carries gates of both signs, for some rows +inf, and a delta, as the backward would have them."""
     shift = torch.randn(shape, generator=rng, device="cuda") + 8
@@ -95,10 +125,10 @@ def statistics(shape: tuple[int, ...], rng: torch.Generator) -> tuple[Tensor, Te
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adds_to_what_is_there(dtype: torch.dtype, calls: list[None]) -> None:
+@pytest.mark.parametrize(("dtype", "group"), [*zip(DTYPES, (16, 16)), *zip(DTYPES, (4, 1))])
+def test_adds_to_what_is_there(dtype: torch.dtype, group: int, calls: list[None]) -> None:
     """In fp32, rounded once; into rows that lie strided, and nowhere else."""
-    batch, tokens, heads = 2, 203, CFG.num_heads
+    batch, tokens, heads = 2, 203, 2 * group
     rng = torch.Generator("cuda").manual_seed(0)
     make = lambda count: torch.randn(batch, tokens, count, 128, generator=rng, device="cuda").to(dtype)
     q, k, v, do = make(heads), make(2), make(2), make(heads)
@@ -122,18 +152,18 @@ def test_adds_to_what_is_there(dtype: torch.dtype, calls: list[None]) -> None:
     assert (call(old.clone()).double() - twins.double()).norm() <= 1e-2 * twins.double().norm()
 
 
-def backward_of(tokens: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+def backward_of(tokens: int, dtype: torch.dtype, group: int = 16) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator takes ahead of the lengths: the forward's inputs and outputs, and do."""
-    q, k, v, indices = big(tokens, dtype)
+    q, k, v, indices = big(tokens, dtype, group)
     o, lse = ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
     do = torch.randn(q.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(dtype)
     return (q, k, v, indices, o, lse), do
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dtype"), [*itertools.product([1003, 8191], DTYPES), (40000, torch.bfloat16)])
-def test_the_same_every_time(tokens: int, dtype: torch.dtype, calls: list[None]) -> None:
-    saved, do = backward_of(tokens, dtype)
+@pytest.mark.parametrize(("tokens", "dtype", "group"), LARGE)
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, calls: list[None]) -> None:
+    saved, do = backward_of(tokens, dtype, group)
     call = lambda: selected_backward_op(*saved, do, None, None, None, tokens, 64, 128**-0.5, True, False)[0]
     dq, other = call(), twin(call)
     size = other.double().norm(dim=-1)
@@ -162,8 +192,9 @@ def test_captured_in_a_graph(calls: list[None]) -> None:
 
 
 @pytest.mark.gpu
-def test_wrong_lengths_stay_inside(calls: list[None]) -> None:
-    saved, do = backward_of(300, torch.bfloat16)
+@pytest.mark.parametrize("group", GROUPS)
+def test_wrong_lengths_stay_inside(group: int, calls: list[None]) -> None:
+    saved, do = backward_of(300, torch.bfloat16, group)
     lengths: list[tuple[Tensor | None, Tensor | None]] = []
     number = lambda *ends: torch.tensor(ends, dtype=torch.int32, device="cuda")
     lengths += [(number(*ends), None) for ends in ([0, 5000, -7, 10**6], [300, 0], [0, 0])]

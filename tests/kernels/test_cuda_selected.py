@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,28 +25,39 @@ from nsa import ops
 from nsa.kernels import cuda, launch
 from nsa.kernels.cuda import nvrtc, selected_dq, selected_lists
 from nsa.kernels.cuda import selected_forward as kernels
+from nsa.kernels.triton.sequence import spans
+from nsa.ops.arguments import sequence_info
 from tests import naive
 from tests.cases import Case
 from tests.kernels.draws import GPU_SHAPES, guarded_inputs
 from tests.steps import steps
 from tests.tolerance import assert_within_2x
 
-CFG = nsa.NSAConfig(head_dim=128, num_heads=32, num_kv_heads=2)
+
+def config(group: int) -> nsa.NSAConfig:
+    return nsa.NSAConfig(head_dim=128, num_heads=2 * group, num_kv_heads=2)
+
+
+CFG, GROUPS = config(16), [16, 8, 4, 2, 1]
 DTYPES = [torch.bfloat16, torch.float16]
 NVCC = shutil.which("nvcc") or next(map(str, sorted(Path("/usr/local").glob("cuda-1[23]*/bin/nvcc"))), None)
 LAYOUT = """#include "{source}"
 static_assert(sizeof(Call) == {size});
 {fields}
 static_assert(SIZE == {block} && D == {dim} && G == {group} && R == {queries} && WIDTH == {width});
-static_assert(Item<R>::WORDS == {item} && THREADS == {threads} && 1023 + BARRIERS + (2 * SLOTS + 1) * 8 <= {shared});
+static_assert(Item<R>::WORDS == {item} && LIST_THREADS<R> == {lister} && THREADS == {threads});
+static_assert(1023 + BARRIERS + (2 * SLOTS + 1) * 8 <= {shared});
 """
 LAUNCHERS = {"selected_forward": kernels, "selected_dq": selected_dq}
-SPILLS = {"selected_forward": 32, "selected_dq": 0}  # bytes that a thread may store
-EACH = pytest.mark.parametrize(("name", "dtype"), [*itertools.product(LAUNCHERS, DTYPES)], ids=str)
+SPILLS = {
+    "selected_forward": (32, 32),
+    "selected_dq": (0, 32),
+}  # bytes that a thread may store, of groups of 16 and of smaller ones
+EACH = pytest.mark.parametrize(("name", "group", "dtype"), [*itertools.product(LAUNCHERS, GROUPS, DTYPES)], ids=str)
 
 
 @EACH
-def test_compiles_by_nvcc(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_compiles_by_nvcc(name: str, group: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """Within registers and shared memory; and what the launcher says twice is said alike."""
     launcher: Any = LAUNCHERS[name]
     if NVCC is None:
@@ -57,28 +69,30 @@ def test_compiles_by_nvcc(name: str, dtype: torch.dtype, tmp_path: Path) -> None
     ]
     source.write_text(LAYOUT.format(
         source=nvrtc.SOURCES / f"{name}.cu", size=ctypes.sizeof(launcher.Call), fields="\n".join(fields),
-        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=cuda.GROUP, queries=launcher.QUERIES, width=cuda.WIDTH,
-        item=selected_lists.item_words(launcher.QUERIES), threads=launcher.THREADS, shared=launcher.SHARED,
+        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=group, queries=selected_lists.queries_of(launcher.WARPS, group),
+        width=cuda.WIDTH, item=selected_lists.item_words(launcher.WARPS, group),
+        lister=selected_lists.list_threads(launcher.WARPS, group), threads=launcher.THREADS, shared=launcher.SHARED,
     ))  # fmt: skip
-    options = selected_lists.options(dtype)
+    options = selected_lists.options(dtype, group)
     command = [NVCC, "-cubin", "-o", str(tmp_path / "layout.cubin"), "--ptxas-options=-v", *options, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
     assert "setmaxnreg" not in said, said  # ptxas says so where it ignores it
     assert max(int(x) for x in re.findall(r"Used (\d+) registers", said)) <= 65536 // launcher.THREADS
-    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= SPILLS[name]
+    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= SPILLS[name][group < 16]
     assert launcher.SHARED <= 232448
-    assert max(map(int, re.findall(r"(\d+) bytes smem", said))) + 2 * cuda.MOST_KEYS // cuda.SIZE // 32 * 4 <= 48 << 10
+    given = selected_lists.list_shared(selected_lists.words_of(cuda.MOST_KEYS))
+    assert max(map(int, re.findall(r"(\d+) bytes smem", said))) + given <= 72 << 10  # three of them fit a multiprocessor
 
 
 @EACH
-def test_compiles_by_nvrtc(name: str, dtype: torch.dtype) -> None:
+def test_compiles_by_nvrtc(name: str, group: int, dtype: torch.dtype) -> None:
     try:
         nvrtc.library()
     except nvrtc.Unavailable as reason:
         pytest.skip(str(reason))
-    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype)).startswith(b"\x7fELF")
+    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype, group)).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +103,10 @@ def test_compiles_by_nvrtc(name: str, dtype: torch.dtype) -> None:
         ({"arch": 100}, "compute capability"),
         ({"dtype": torch.float32}, "fp16 and bf16"),
         ({"value_dim": 64}, "head dims of 128"),
-        ({"group": 8}, "rows of a fragment"),
+        ({"group": 1}, None),
+        ({"group": 8}, None),
+        ({"group": 3}, "rows of a fragment"),
+        ({"group": 32}, "rows of a fragment"),
         ({"size": 32}, "64 tokens"),
         ({"width": 17}, "16 blocks"),
         ({"keys": cuda.MOST_KEYS + 1}, "blocks of"),
@@ -165,13 +182,20 @@ def test_says_why_its_twin_runs(name: str, fails: str, monkeypatch: pytest.Monke
     launcher: Any = LAUNCHERS[name]
     monkeypatch.setattr(nvrtc, fails, mock.Mock(side_effect=nvrtc.Unavailable("the reason")))
     with pytest.warns(RuntimeWarning, match=f"{name} takes its slower kernel: the reason") as warned:
-        assert launcher.program.__wrapped__(torch.bfloat16, 0) is None
+        assert launcher.program.__wrapped__(torch.bfloat16, 16, 0) is None
     assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize(
     ("place", "group", "loads", "runs"),
-    [("cuda", 16, True, "cuda"), ("cuda", 16, False, "gluon"), ("cuda", 8, True, "gluon"), ("cpu", 16, True, "gluon")],
+    [
+        ("cuda", 16, True, "cuda"),
+        ("cuda", 16, False, "gluon"),
+        ("cuda", 1, True, "cuda"),
+        ("cuda", 8, False, "gluon"),
+        ("cuda", 12, True, "gluon"),
+        ("cpu", 16, True, "gluon"),
+    ],
 )
 def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa.kernels.hopper import selected_forward as gluon
@@ -180,7 +204,7 @@ def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeyp
     monkeypatch.setattr(launch.tuning, "arch", lambda _: 90)
     monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
     monkeypatch.setattr(launch, "union_lists", lambda *_: SimpleNamespace(queries=4))
-    monkeypatch.setattr(kernels, "program", lambda *_: object() if loads else None)
+    monkeypatch.setattr(kernels, "program", lambda _, asked, __: object() if loads and asked == group else None)
     monkeypatch.setattr(kernels, "selected_forward", lambda *_: ("cuda", None, None))
     monkeypatch.setattr(gluon, "selected_forward", lambda *_: ("gluon", None, None))
     indices = torch.zeros(1, 99, 2, 16, dtype=torch.int32)
@@ -267,18 +291,63 @@ def test_beside_reference_and_twin(name: str, width: int, dtype: torch.dtype, ca
     assert (o.double() - other.double()).norm() <= 1e-2 * other.double().norm()
 
 
-def with_lse(case: Case, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+SMALLER = [*itertools.product((1, 4, 8), ("half a tile over", "rows past a tensor", "packed, some empty", "packed chunks"))]
+
+
+def of_group(name: str, group: int) -> tuple[Case, torch.dtype]:
+    return replace(CASES[name], cfg=config(group)), DTYPES[group == 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "name"), [*SMALLER, (2, "packed chunks")])
+def test_smaller_groups(group: int, name: str, calls: list[None]) -> None:
+    """Alone, then with the gated sum."""
+    case, dtype = of_group(name, group)
+    low = guarded_inputs(case, dtype, "cuda")
+    indices, told = odd_sets(case, 16), case.lengths("cuda")
+    arguments = lambda x: (x.q.detach(), x.k_slc.detach(), x.v_slc.detach(), indices)
+    o, lse = with_lse(case, *arguments(low))
+    assert len(calls) == 1
+    ref = nsa.selected_attention(*arguments(low.to(torch.float64)), case.cfg, **told)
+    assert_within_2x(f"o_slc of {case}", o, ref, naive.nsa_steps(case, low.to(dtype), indices).o_slc, dtype)
+    other, other_lse = twin(lambda: with_lse(case, *arguments(low)))
+    torch.testing.assert_close(lse, other_lse, rtol=1e-4, atol=1e-4)
+    assert (o.double() - other.double()).norm() <= 1e-2 * other.double().norm()
+    rng = torch.Generator("cuda").manual_seed(case.seed)
+    make = lambda *shape: torch.randn(*o.shape[:3], *shape, generator=rng, device="cuda").to(dtype)
+    o_cmp, o_win, gates = make(128), make(128), make(3)
+    where = spans(o.shape[1], low.k_slc.shape[1], sequence_info(o, *lengths_of(case, low.k_slc)), 1, 1)
+    rows = torch.zeros(o.shape[:2], dtype=torch.bool, device="cuda")
+    for (batch, its), *_ in case.places():
+        rows[batch, its] = True
+    for save in (True, False):
+        sum_, own, again = launch.selected_and_combined(
+            *arguments(low), where, 64, case.cfg.softmax_scale, o_cmp, o_win, gates, save
+        )  # fmt: skip
+        want = sum(gates[..., i, None].double() * x.double() for i, x in enumerate((o_cmp, o, o_win)))
+        assert torch.equal(again, lse)
+        assert torch.equal(own, o if save else own.new_empty(0))
+        assert ((sum_.double() - want)[rows].abs() <= 2**-8 * want[rows].abs() + 1e-5).all()
+    assert len(calls) == 3
+
+
+def lengths_of(case: Case, k: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """As an operator takes them."""
     told = case.lengths("cuda")
     cu_q, said = told.get("cu_seqlens"), told.get("seqlen_k", 0 if case.packed else k.shape[1])
     lens, number = (said, 0) if isinstance(said, Tensor) else (None, said)
-    return ops.selected_op(q, k, v, indices, cu_q, told.get("cu_seqlens_k", cu_q), lens, number, 64, CFG.softmax_scale)
+    return cu_q, told.get("cu_seqlens_k", cu_q), lens, number
 
 
-def big(tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def with_lse(case: Case, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.selected_op(q, k, v, indices, *lengths_of(case, k), 64, case.cfg.softmax_scale)
+
+
+def big(tokens: int, dtype: torch.dtype, group: int = 16) -> tuple[Tensor, ...]:
     """More tiles than multiprocessors, neighbours that share half of their blocks, and scores whose maximum grows by leaps."""
     rng = torch.Generator("cuda").manual_seed(0)
     make = lambda heads: torch.randn(1, tokens, heads, 128, generator=rng, device="cuda")
-    q, k, v = make(64) * 3, make(4), make(4)
+    q, k, v = make(4 * group) * 3, make(4), make(4)
     own = torch.arange(tokens, device="cuda")[None, :, None, None] // 64
     share = torch.rand(1, tokens, 4, 16, generator=rng, device="cuda")
     share = torch.where(
@@ -289,10 +358,17 @@ def big(tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return q.to(dtype), k.to(dtype), v.to(dtype), indices
 
 
+LARGE = [
+    *itertools.product([1003, 8191], DTYPES, [16]),
+    (40000, torch.bfloat16, 16),
+    *((40000, torch.bfloat16, group) for group in (8, 4, 2, 1)),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dtype"), [*itertools.product([1003, 8191], DTYPES), (40000, torch.bfloat16)])
-def test_the_same_every_time(tokens: int, dtype: torch.dtype, calls: list[None]) -> None:
-    q, k, v, indices = big(tokens, dtype)
+@pytest.mark.parametrize(("tokens", "dtype", "group"), LARGE)
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, calls: list[None]) -> None:
+    q, k, v, indices = big(tokens, dtype, group)
     call = lambda: ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
     o, lse = call()
     other, other_lse = twin(call)
@@ -324,8 +400,9 @@ def test_captured_in_a_graph(calls: list[None]) -> None:
 
 
 @pytest.mark.gpu
-def test_wrong_lengths_stay_inside(calls: list[None]) -> None:
-    q, k, v, indices = big(300, torch.bfloat16)
+@pytest.mark.parametrize("group", GROUPS)
+def test_wrong_lengths_stay_inside(group: int, calls: list[None]) -> None:
+    q, k, v, indices = big(300, torch.bfloat16, group)
     for ends in ([0, 5000, -7, 10**6], [300, 0], [0, 0]):
         wild = torch.tensor(ends, dtype=torch.int32, device="cuda")
         ops.selected_op(q, k, v, indices, wild, wild, None, 0, 64, 0.1)

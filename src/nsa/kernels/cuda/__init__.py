@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-HEAD_DIM, GROUP, SIZE, WIDTH = 128, 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
-MOST_KEYS = 1 << 23  # a list's kernel holds a bit and the half of a word for each block in 48 KiB of shared memory
+HEAD_DIM, ROWS, SIZE, WIDTH = 128, 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
+MOST_KEYS = 1 << 23  # for every 32 blocks, the kernel that makes lists has two words of shared memory, 32 KiB in all
 
 
 def supports(
@@ -24,8 +24,8 @@ def supports(
         return f"it computes in fp16 and bf16, got {dtype}"
     if (dim, value_dim) != (HEAD_DIM, HEAD_DIM):
         return f"it holds head dims of {HEAD_DIM}, got {dim} and {value_dim}"
-    if group != GROUP:
-        return f"the heads of a group are the {GROUP} rows of a fragment, got {group}"
+    if ROWS % group:
+        return f"whole groups of heads fill the {ROWS} rows of a fragment, got {group}"
     if size != SIZE:
         return f"selection blocks must have {SIZE} tokens, got {size}"
     if width > WIDTH:

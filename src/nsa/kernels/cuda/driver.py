@@ -57,12 +57,14 @@ class Kernel:
 
     Attributes:
         threads: of a block.
+
+    ``shared`` bytes, at most, are given to a block at a launch, besides what it has of its own.
     """
 
     def __init__(self, module: ctypes.c_void_p, name: str, threads: int, shared: int) -> None:
         self.name, self.threads, self.function = name, threads, ctypes.c_void_p()
         check(library().cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()), name)
-        if shared > 48 << 10:
+        if shared:
             check(library().cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared), name)
 
     def launch(self, grid: tuple[int, int], shared: int, arguments: Sequence[int]) -> None:

@@ -85,7 +85,7 @@ __device__ __forceinline__ void load_blocks(const Ring<SLOTS>& ring, const Tenso
   const int items = c.tiles * c.kv_heads;
   Loads<SLOTS> loads(ring, lane);
   int i = blockIdx.x, from = 0;  // 32 words of the union at a time, those of the next loop loaded in this one
-  u32 head = head_of<R>(c, i, items, lane), part = c.lists[(i64)i * In::WORDS + In::UNION + lane];
+  u32 head = head_words<R>(c, i, items, lane), part = c.lists[(i64)i * In::WORDS + In::UNION + lane];
   while (i < items) {
     const int count = word(head, COUNT), batch = word(head, BATCH), k_row = word(head, K_ROW), hk = word(head, KV_HEAD);
     const int some = min(32, count - from);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_blocks(const Ring<SLOTS>& ring, const Tenso
     if (from >= count) {
       from = 0;
       i += gridDim.x;
-      head = head_of<R>(c, i, items, lane);
+      head = head_words<R>(c, i, items, lane);
     }
     if (i < items) part = c.lists[(i64)i * In::WORDS + In::UNION + from + lane];
     if (begins) ahead(loads, now_head);

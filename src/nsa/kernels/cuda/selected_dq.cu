@@ -1,19 +1,21 @@
-// Gradient of the queries of selected attention on Hopper, a warp for each query: in the form of selected_forward.cu.
+// Gradient of the queries of selected attention on Hopper, a warp for each query of 16 heads, or for several neighbouring ones of
+// fewer: in the form of selected_forward.cu.
 //
-// A tile has R queries, and a warp one of them with all G heads. A pair of a query and a block reads 48 KB of shared memory: keys,
-// values, and the keys again, turned. So a warp keeps its query and dO in registers, where they come through the ring like the
+// A tile has R queries, and a warp Q of them with all G heads. A pair of a warp and a block reads 48 KB of shared memory: keys,
+// values, and the keys again, turned. So a warp keeps its queries and dO in registers, where they come through the ring like the
 // blocks; the room that they would take in shared memory makes the ring longer.
+#include "make_lists.cuh"
 #include "ring.cuh"
 
 namespace {
 
-constexpr int R = 8, WARPS = 8;                  // queries of a tile, warps that multiply, each for one query
+constexpr int WARPS = 8, R = WARPS * Q;          // warps that multiply, each for Q of a tile's R queries
 constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
-constexpr int SLOTS = 14;                        // of the ring, each the keys or the values of a block, or what SHARE queries need
-constexpr int SHARE = TILE_BYTES / (2 * QUERY_BYTES), AHEAD = R / SHARE;  // and so many of these come ahead of a tile's blocks
+constexpr int SLOTS = 14;                        // of the ring: the keys or the values of a block, or what SHARE warps' queries need
+constexpr int SHARE = TILE_BYTES / (2 * ROWS_BYTES), AHEAD = WARPS / SHARE;  // and so many of these come ahead of a tile's blocks
 constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
 
-static_assert(R == WARPS && SHARE * 2 * QUERY_BYTES == TILE_BYTES && AHEAD * SHARE == R);
+static_assert(SHARE * 2 * ROWS_BYTES == TILE_BYTES && AHEAD * SHARE == WARPS);
 using In = Item<R>;
 
 }  // namespace
@@ -30,13 +32,13 @@ struct Call : Lists {
   u32 zero;               // 0, which the compiler must not know
 };
 
-extern "C" __global__ void __launch_bounds__(R * WIDTH) selected_lists(const Lists c) { make_lists<R, 1>(c); }
+extern "C" __global__ void __launch_bounds__(LIST_THREADS<R>) selected_lists(const Lists c) { make_lists<R>(c); }
 
 // ---- gradient
 
 namespace {
 
-struct Rows {  // of the query, its G heads: 4 neighbouring lanes hold rows lane / 4 and lane / 4 + 8
+struct Rows {  // of the warp: 4 neighbouring lanes hold rows lane / 4 and lane / 4 + 8
   float acc[D / 8][4], shift[2], delta[2];
 };
 
@@ -57,10 +59,10 @@ __device__ __forceinline__ void product(float (&s)[8][4], const u32 (&a)[D / 16]
     }
 }
 
-// A block, which begins at the sequence's key `key`, into the query's gradient: load `load` is its keys, the next its values.
-// What the tile's head says is taken out of it where it is needed: registers are short.
-__device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, int key, u32 head, Rows& x, const Left& left, u32 straight,
-                                          u32 turned, float scale2, int warp, int lane) {
+// A block that these queries want, which begins at the sequence's key `key`, into their gradient: load `load` is its keys, the next
+// its values. What the tile's head says is taken out of it where it is needed: registers are short.
+__device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, u32 queries, int key, u32 head, Rows& x, const Left& left,
+                                          u32 straight, u32 turned, float scale2, int warp, int lane) {
   const u32 k_slot = ring.wait(load), k_tile = ring.slots + k_slot * TILE_BYTES;
   int end = word(head, END) - key;  // keys of the block that are of the sequence
   if (end < SIZE) blank_past(k_tile, end, lane);  // the last product takes 0 times these rows
@@ -70,11 +72,14 @@ __device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, int key, 
 #pragma unroll
     for (int j = 0; j < 4; j++) p[i][j] = 0;
   product(p, left.q, k_tile + straight);
+  float minus[2];  // no probability is left where a row's query doesn't want the block
+#pragma unroll
+  for (int h = 0; h < 2; h++) minus[h] = is_among(queries, lane, h) ? -x.shift[h] : minus_infinity();
 #pragma unroll
   for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) p[i][j] = exp2_fast(fmaf(p[i][j], scale2, -x.shift[j >> 1]));
-  const int last = word(head, POSITION) + warp - key;  // of the block's keys, that the query sees
+    for (int j = 0; j < 4; j++) p[i][j] = exp2_fast(fmaf(p[i][j], scale2, minus[j >> 1]));
+  const int last = word(head, POSITION) + warp * Q - key;  // of the block's keys, that the warp's first query sees
   if (last < SIZE - 1) hide_future(p, last, lane, 0);
   float dp[8][4];  // less delta
 #pragma unroll
@@ -102,13 +107,17 @@ __device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, int key, 
   ring.leave(k_slot, after, lane);
 }
 
-// The query's rows to memory; `row` of it in its batch. `signs`: bit h, whether the gate of row h is negative.
-__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int row, int hk, u32 signs, int lane) {
+// The warp's rows to memory, those of its first `queries` queries; `first` the row of the first of them in its batch. `signs`: bit
+// h, whether the gate of row h is negative.
+__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int first, int queries, int hk, u32 signs,
+                                       int lane) {
   const int j = lane & 3;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const float scale = signs >> h & 1 ? -c.scale : c.scale;
-    const int head = hk * G + (lane >> 2) + 8 * h;
+    const bool stored = Q == 1 || query_of(lane, h) < queries;
+    // A row that isn't stored reads what the first query's does: a branch around the loads would cost registers.
+    const int head = hk * G + head_of(lane, h), row = first + (stored ? query_of(lane, h) : 0);
     uint4* to = reinterpret_cast<uint4*>(c.dq + batch * c.dq_batch + row * c.dq_row + head * c.dq_head) + j;
     uint4 old[4];
     if (c.add) {
@@ -134,54 +143,52 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
 #pragma unroll
       for (int i = 0; i < 4; i++) w[i] = pack(sum[i][0], sum[i][1]);
       transpose(w, j);
-      store_once(to + 4 * m, make_uint4(w[0], w[1], w[2], w[3]));
+      if (stored) store_once(to + 4 * m, make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
 }
 
-// The loads of a tile ahead of its blocks: of each query its heads in boxes of 64 columns, then those of dO. Past a sequence's end
-// come others' rows, and past the tensor's zeros: nobody uses them.
+// The loads of a tile ahead of its blocks: of each warp's queries their heads in boxes of 64 columns, then those of dO. Past a
+// sequence's end come others' rows, and past the tensor's zeros: nobody uses them.
 __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMap* q_map, const TensorMap* g_map, u32 head) {
   const int batch = word(head, BATCH), first = word(head, ROW), of = word(head, KV_HEAD) * G;
-  for (int row = first; row < first + R; row += SHARE)
+  for (int row = first; row < first + R; row += SHARE * Q)
     loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
       for (int n = 0; n < SHARE; n++)
-        for (int i = 0; i < 2; i++, to += QUERY_BYTES) {
-          load_box_once(to, i ? g_map : q_map, full, 0, of, row + n, batch);
-          load_box_once(to + QUERY_BYTES / 2, i ? g_map : q_map, full, D / 2, of, row + n, batch);
+        for (int i = 0; i < 2; i++, to += ROWS_BYTES) {
+          load_box_once(to, i ? g_map : q_map, full, 0, of, row + n * Q, batch);
+          load_box_once(to + ROWS_BYTES / 2, i ? g_map : q_map, full, D / 2, of, row + n * Q, batch);
         }
     });
 }
 
-// What the query's rows have in `shift` and `delta`, if there is a query.
+// What the warp's rows have in `shift` and `delta`, if there is a query.
 __device__ __forceinline__ void load_statistics(Rows& x, const Call& c, u32 head, int warp, int lane) {
-  const int batch = word(head, BATCH), row = word(head, ROW) + warp, hk = word(head, KV_HEAD);
-  if (warp >= word(head, QUERIES)) return;
+  const int batch = word(head, BATCH), row = word(head, ROW) + warp * Q, hk = word(head, KV_HEAD);
+  const int queries = word(head, QUERIES);
+  if (warp * Q >= queries) return;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const i64 at = batch * c.stat_batch + (hk * G + (lane >> 2) + 8 * h) * c.stat_head + row;
+    if (Q > 1 && warp * Q + query_of(lane, h) >= queries) continue;
+    const i64 at = batch * c.stat_batch + (hk * G + head_of(lane, h)) * c.stat_head + row + query_of(lane, h);
     x.shift[h] = c.shift[at];
     x.delta[h] = c.delta[at];
   }
 }
 
-// The warp's query and dO out of load `load`, which SHARE warps want.
+// The warp's queries and dO out of load `load`, which SHARE warps want.
 __device__ __forceinline__ void take_queries(Left& left, Ring<SLOTS>& ring, u32 load, int warp, u32 turned, int lane) {
   const u32 slot = ring.wait(load);
-  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * (2 * QUERY_BYTES), after = 0;
+  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * (2 * ROWS_BYTES), after = 0;
   asm volatile("" : "+r"(at));  // made here, not kept
   at += turned;
 #pragma unroll
   for (int d = 0; d < D / 16; d++) {
-    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (QUERY_BYTES / 2));
-    load_matrices(left.g[d], (at ^ (d & 3) * 32) + (d >> 2) * (QUERY_BYTES / 2) + QUERY_BYTES);
+    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (ROWS_BYTES / 2));
+    load_matrices(left.g[d], (at ^ (d & 3) * 32) + (d >> 2) * (ROWS_BYTES / 2) + ROWS_BYTES);
     after |= left.q[d][0] | left.g[d][0];
   }
   ring.leave(slot, after, lane);
-}
-
-__device__ __forceinline__ u32 own_list(const Call& c, int i, int warp, int lane) {
-  return lane < WIDTH ? c.lists[(i64)i * In::WORDS + In::OWN + warp * WIDTH + lane] : 0;
 }
 
 __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int warp, int lane) {
@@ -192,8 +199,9 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
   x.shift[0] = x.shift[1] = x.delta[0] = x.delta[1] = 0;
   u32 first = 0;  // loads of the tiles before
   int i = blockIdx.x;
-  u32 head = head_of<R>(c, i, items, lane), next = head_of<R>(c, i + gridDim.x, items, lane);
-  u32 list = own_list(c, i, warp, lane);
+  u32 head = head_words<R>(c, i, items, lane), next = head_words<R>(c, i + gridDim.x, items, lane);
+  Walk<R> walk;
+  walk.begin(c, i, warp, lane);
   load_statistics(x, c, head, warp, lane);
   while (i < items) {
 #pragma unroll
@@ -203,26 +211,27 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
     __syncwarp();
     take_queries(left, ring, first + warp / SHARE, warp, turned, lane);
 #pragma unroll 1
-    for (int e = 0; e < WIDTH; e++) {
-      const u32 entry = __shfl_sync(~0u, list, e);
-      if (entry == 0) break;
-      const u32 load = first + AHEAD + 2 * (entry >> 20 & 0x1ff);
-      add_block(ring, load, (int)(entry & 0xfffff) * SIZE, head, x, left, straight, turned, c.scale2, warp, lane);
+    for (int e = 0; e < walk.MOST; e++) {
+      const auto entry = walk.step(e);
+      if (entry.ends()) break;
+      const u32 load = first + AHEAD + 2 * entry.place();
+      add_block(ring, load, entry.queries(), entry.block() * SIZE, head, x, left, straight, turned, c.scale2, warp, lane);
     }
     __syncwarp();
-    const int batch = word(head, BATCH), row = word(head, ROW) + warp, hk = word(head, KV_HEAD);
-    const bool stored = warp < word(head, QUERIES);
+    const int batch = word(head, BATCH), row = word(head, ROW) + warp * Q, hk = word(head, KV_HEAD);
+    const int queries = word(head, QUERIES);
+    const bool stored = warp * Q < queries;
     const u32 signs = (__float_as_uint(x.shift[0]) & 1) | (__float_as_uint(x.shift[1]) & 1) << 1;
     first += AHEAD + 2 * word(head, COUNT);
     // What the next tile needs comes while this one's rows are written.
     i += gridDim.x;
     head = next;
-    next = head_of<R>(c, i + gridDim.x, items, lane);
+    next = head_words<R>(c, i + gridDim.x, items, lane);
     if (i < items) {
-      list = own_list(c, i, warp, lane);
+      walk.begin(c, i, warp, lane);
       load_statistics(x, c, head, warp, lane);
     }
-    if (stored) finish(x, c, batch, row, hk, signs, lane);
+    if (stored) finish(x, c, batch, row, queries - warp * Q, hk, signs, lane);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Gradient of the queries of selected attention on Hopper, a warp for each query: the launcher of ``selected_dq.cu``.
+"""Gradient of the queries of selected attention on Hopper, a warp for one query or several: the launcher of ``selected_dq.cu``.
 
 The twin of ``selected_dq`` in ``kernels/triton/selected_backward.py``.
 """
@@ -11,12 +11,12 @@ import functools
 import torch
 from torch import Tensor
 
-from nsa.kernels.cuda import GROUP, SIZE
+from nsa.kernels.cuda import ROWS, SIZE
 from nsa.kernels.cuda.selected_lists import Lists, Program, fill, load
 from nsa.kernels.triton.sequence import Spans, new_gradient
 from nsa.kernels.triton.tile import LOG2E
 
-QUERIES, THREADS = 8, 384  # R, and of a block
+WARPS, THREADS = 8, 384  # that multiply, and all of a block
 # The ring's 14 tiles of 16 KiB, the barriers, and what aligning takes.
 SHARED = 14 * (16 << 10) + 1024 + 1024
 
@@ -37,9 +37,9 @@ class Call(Lists):
 
 
 @functools.cache
-def program(dtype: torch.dtype, device: int) -> Program | None:
-    """The kernel on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
-    return load("selected_dq", QUERIES, THREADS, SHARED, dtype, device)
+def program(dtype: torch.dtype, group: int, device: int) -> Program | None:
+    """For groups of this many heads, on ``device``, the current one; None, after a warning, where it can't be had."""
+    return load("selected_dq", WARPS, THREADS, SHARED, dtype, group, device)
 
 
 def selected_dq(
@@ -56,6 +56,7 @@ def selected_dq(
         dq=dq.data_ptr(), dq_batch=dq.stride(0), dq_row=dq.stride(1), dq_head=dq.stride(2),
         add=add, scale=softmax_scale, scale2=softmax_scale * LOG2E.value,
     )  # fmt: skip
-    if fill(call, indices, spans, QUERIES, q.shape[2]):
-        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1), (q, 1, GROUP), (do, 1, GROUP)], q.device)
+    group = q.shape[2] // k.shape[2]
+    if fill(call, indices, spans, WARPS, q.shape[2]):
+        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1), (q, ROWS // group, group), (do, ROWS // group, group)], q.device)
     return dq

@@ -1,23 +1,25 @@
-// Selected attention on Hopper, a warp for each query: what a query did not select is not computed for it.
+// Selected attention on Hopper, a warp for each query of 16 heads: what a query did not select is not computed for it. Of smaller
+// groups a warp has several neighbouring queries, whose heads are its 16 rows: what none of them selected is not computed.
 //
 // A tile is R neighbouring queries of a KV head, all G heads of each. The blocks that any of them selected come once, through a ring
 // in shared memory; each warp walks its own list of them and never touches the others. The queries come through the ring as well, and
 // stay in registers: that leaves room for a longer ring, and spares every block the reading of its left operand.
 //
 // One CTA a multiprocessor goes from tile to tile, and its warps run over a tile's end on their own: nothing waits for all of them.
+#include "make_lists.cuh"
 #include "ring.cuh"
 
 namespace {
 
-constexpr int R = 12, WARPS = 12;                // queries of a tile, warps that multiply, each for one query
+constexpr int WARPS = 12, R = WARPS * Q;         // warps that multiply, each for Q of a tile's R queries
 constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
-constexpr int SLOTS = 14;                        // of the ring, each the keys or the values of a block, or SHARE queries
-constexpr int SHARE = TILE_BYTES / QUERY_BYTES, AHEAD = R / SHARE;  // and so many of these come ahead of a tile's blocks
+constexpr int SLOTS = 14;                        // of the ring: the keys or the values of a block, or the queries of SHARE warps
+constexpr int SHARE = TILE_BYTES / ROWS_BYTES, AHEAD = WARPS / SHARE;  // and so many of these come ahead of a tile's blocks
 constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
 constexpr float LN2 = 0.6931471805599453f;
 constexpr float LAZY = 8;                        // the maximum in use may be 2^8 too low: no probability is over 256
 
-static_assert(R == WARPS && AHEAD * SHARE == R);
+static_assert(AHEAD * SHARE == WARPS);
 using In = Item<R>;
 
 }  // namespace
@@ -37,13 +39,13 @@ struct Call : Lists {
   u32 zero;               // 0, which the compiler must not know
 };
 
-extern "C" __global__ void __launch_bounds__(R * WIDTH) selected_lists(const Lists c) { make_lists<R, 1>(c); }
+extern "C" __global__ void __launch_bounds__(LIST_THREADS<R>) selected_lists(const Lists c) { make_lists<R>(c); }
 
 // ---- attention
 
 namespace {
 
-struct Rows {  // of a query, its G heads: 4 neighbouring lanes hold rows lane / 4 and lane / 4 + 8
+struct Rows {  // of a warp: 4 neighbouring lanes hold rows lane / 4 and lane / 4 + 8
   float acc[D / 8][4], m[2], l[2];  // l of the lane's own columns
 };
 
@@ -52,21 +54,23 @@ __device__ __forceinline__ void reset(Rows& x) {
   for (int i = 0; i < D / 8; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) x.acc[i][j] = 0;
-  x.m[0] = x.m[1] = minus_infinity();
+  // With several queries, blocks of others may come ahead of a row's first: till then its maximum is subtracted from itself.
+  x.m[0] = x.m[1] = Q == 1 ? minus_infinity() : -3e38f;
   x.l[0] = x.l[1] = 0;
 }
 
-// Scores of a block to probabilities, as left operands of the products with its values. Only where the maximum of a row grew by more
-// than LAZY is it taken over, with all that it costs: exchange between lanes and rescaling.
-__device__ __forceinline__ void soften(float (&s)[8][4], u32 (&p)[4][4], Rows& x, float scale) {
+// Scores of a block to probabilities, as left operands of the products with its values; 0 in rows of queries that don't want it. Only
+// where the maximum of a row grew by more than LAZY is it taken over, with all that it costs: exchange between lanes and rescaling.
+__device__ __forceinline__ void soften(float (&s)[8][4], u32 (&p)[4][4], Rows& x, float scale, u32 queries, int lane) {
   float a = s[0][0], b = s[0][2];
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     a = fmaxf(a, fmaxf(s[i][0], s[i][1]));
     b = fmaxf(b, fmaxf(s[i][2], s[i][3]));
   }
-  a *= scale;
-  b *= scale;
+  const bool want_a = is_among(queries, lane, 0), want_b = is_among(queries, lane, 1);
+  a = want_a ? a * scale : minus_infinity();
+  b = want_b ? b * scale : minus_infinity();
   if (__any_sync(~0u, a > x.m[0] + LAZY || b > x.m[1] + LAZY)) {
     a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
     b = fmaxf(b, __shfl_xor_sync(~0u, b, 1));
@@ -85,7 +89,7 @@ __device__ __forceinline__ void soften(float (&s)[8][4], u32 (&p)[4][4], Rows& x
       x.acc[i][3] *= less_b;
     }
   }
-  const float minus_a = -x.m[0], minus_b = -x.m[1];
+  const float minus_a = want_a ? -x.m[0] : minus_infinity(), minus_b = want_b ? -x.m[1] : minus_infinity();
   float sum_a[2] = {0, 0}, sum_b[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -103,11 +107,11 @@ __device__ __forceinline__ void soften(float (&s)[8][4], u32 (&p)[4][4], Rows& x
   x.l[1] += sum_b[0] + sum_b[1];
 }
 
-struct Query {
+struct Left {
   u32 q[D / 16][4];
 };
 
-__device__ __forceinline__ void scores(float (&s)[8][4], const Query& left, u32 k_at) {
+__device__ __forceinline__ void scores(float (&s)[8][4], const Left& left, u32 k_at) {
 #pragma unroll
   for (int i = 0; i < 8; i++)
 #pragma unroll
@@ -123,9 +127,10 @@ __device__ __forceinline__ void scores(float (&s)[8][4], const Query& left, u32 
     }
 }
 
-// A block, of whose keys the query sees those to `last`, and those before `end` are of the sequence, into the query's rows.
-__device__ __forceinline__ void attend(Ring<SLOTS>& ring, u32 load, int last, int end, Rows& x, const Query& left, u32 straight,
-                                       u32 turned, float scale, int lane) {
+// A block that these queries want, of whose keys the warp's first sees those to `last`, and those before `end` are of the sequence,
+// into the warp's rows.
+__device__ __forceinline__ void attend(Ring<SLOTS>& ring, u32 load, u32 queries, int last, int end, Rows& x, const Left& left,
+                                       u32 straight, u32 turned, float scale, int lane) {
   float s[8][4];
   u32 slot = ring.wait(load);
   scores(s, left, ring.slots + slot * TILE_BYTES + straight);
@@ -135,7 +140,7 @@ __device__ __forceinline__ void attend(Ring<SLOTS>& ring, u32 load, int last, in
   ring.leave(slot, after, lane);
   if (last < SIZE - 1) hide_future(s, last, lane, minus_infinity());
   u32 p[1][4][4];
-  soften(s, p[0], x, scale);
+  soften(s, p[0], x, scale, queries, lane);
   slot = ring.wait(load + 1);
   if (end < SIZE) blank_past(ring.slots + slot * TILE_BYTES, end, lane);
   add_product<1>(p, x.acc, x.acc, ring.slots + slot * TILE_BYTES + turned);
@@ -158,13 +163,15 @@ __device__ __forceinline__ u32 mix(u32 cmp, u32 slc, u32 win, const float (&g)[3
   return pack(sum[0], sum[1]);
 }
 
-// A query's rows to memory; `row` of it in its batch.
+// The warp's rows to memory, those of its first `queries` queries; `first` the row of the first of them in its batch.
 template <bool MIX>
-__device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, int row, int hk, int lane) {
+__device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, int first, int queries, int hk, int lane) {
   const int j = lane & 3;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int head = hk * G + (lane >> 2) + 8 * h;
+    const bool stored = Q == 1 || query_of(lane, h) < queries;
+    // A row that isn't stored reads what the first query's does: a branch around the loads would cost registers.
+    const int head = hk * G + head_of(lane, h), row = first + (stored ? query_of(lane, h) : 0);
     const i64 at = ((i64)batch * c.rows + row) * c.heads + head, word = at * (D / 8) + j;
     uint4 cmp[4], win[4];  // what it mixes, all asked for at once: it comes from memory
     float g[3];
@@ -181,88 +188,88 @@ __device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, i
     l += __shfl_xor_sync(~0u, l, 1);
     l += __shfl_xor_sync(~0u, l, 2);
     const float inverse = l > 0 ? 1.0f / l : 0.0f;
-    if (j == 0) c.lse[((i64)batch * c.heads + head) * c.rows + row] = l > 0 ? (x.m[h] + log2_fast(l)) * LN2 : minus_infinity();
+    if (stored && j == 0)
+      c.lse[((i64)batch * c.heads + head) * c.rows + row] = l > 0 ? (x.m[h] + log2_fast(l)) * LN2 : minus_infinity();
 #pragma unroll
     for (int m = 0; m < 4; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
       u32 w[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) w[i] = pack(x.acc[4 * m + i][2 * h] * inverse, x.acc[4 * m + i][2 * h + 1] * inverse);
       transpose(w, j);
-      if (c.o) store_once(reinterpret_cast<uint4*>(c.o) + word + 4 * m, make_uint4(w[0], w[1], w[2], w[3]));
+      if (stored && c.o) store_once(reinterpret_cast<uint4*>(c.o) + word + 4 * m, make_uint4(w[0], w[1], w[2], w[3]));
       if constexpr (MIX) {
         const uint4 a = cmp[m], b = win[m];
-        store_once(reinterpret_cast<uint4*>(c.mixed) + word + 4 * m,
-                   make_uint4(mix(a.x, w[0], b.x, g), mix(a.y, w[1], b.y, g), mix(a.z, w[2], b.z, g), mix(a.w, w[3], b.w, g)));
+        const uint4 sum = make_uint4(mix(a.x, w[0], b.x, g), mix(a.y, w[1], b.y, g), mix(a.z, w[2], b.z, g), mix(a.w, w[3], b.w, g));
+        if (stored) store_once(reinterpret_cast<uint4*>(c.mixed) + word + 4 * m, sum);
       }
     }
   }
 }
-__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int row, int hk, int lane) {
-  if (c.mixed) write<true>(x, c, batch, row, hk, lane);
-  else write<false>(x, c, batch, row, hk, lane);
+__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int first, int queries, int hk, int lane) {
+  if (c.mixed) write<true>(x, c, batch, first, queries, hk, lane);
+  else write<false>(x, c, batch, first, queries, hk, lane);
 }
 
-// The loads of a tile ahead of its blocks: of each query its heads in boxes of 64 columns. Past a sequence's end come others' rows,
-// and past the tensor's zeros: nobody uses them.
+// The loads of a tile ahead of its blocks: of each warp's queries their heads in boxes of 64 columns. Past a sequence's end come
+// others' rows, and past the tensor's zeros: nobody uses them.
 __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMap* q_map, u32 head) {
   const int batch = word(head, BATCH), first = word(head, ROW), of = word(head, KV_HEAD) * G;
-  for (int row = first; row < first + R; row += SHARE)
+  for (int row = first; row < first + R; row += SHARE * Q)
     loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
-      for (int n = 0; n < SHARE; n++, to += QUERY_BYTES) {
-        load_box_once(to, q_map, full, 0, of, row + n, batch);
-        load_box_once(to + QUERY_BYTES / 2, q_map, full, D / 2, of, row + n, batch);
+      for (int n = 0; n < SHARE; n++, to += ROWS_BYTES) {
+        load_box_once(to, q_map, full, 0, of, row + n * Q, batch);
+        load_box_once(to + ROWS_BYTES / 2, q_map, full, D / 2, of, row + n * Q, batch);
       }
     });
 }
 
-__device__ __forceinline__ void take_query(Query& left, Ring<SLOTS>& ring, u32 load, int warp, u32 turned, int lane) {
+__device__ __forceinline__ void take_queries(Left& left, Ring<SLOTS>& ring, u32 load, int warp, u32 turned, int lane) {
   const u32 slot = ring.wait(load);
-  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * QUERY_BYTES, after = 0;
+  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * ROWS_BYTES, after = 0;
   asm volatile("" : "+r"(at));  // made here, not kept
   at += turned;
 #pragma unroll
   for (int d = 0; d < D / 16; d++) {
-    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (QUERY_BYTES / 2));
+    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (ROWS_BYTES / 2));
     after |= left.q[d][0];
   }
   ring.leave(slot, after, lane);
 }
 
-__device__ __forceinline__ u32 own_list(const Call& c, int i, int warp, int lane) {
-  return lane < WIDTH ? c.lists[(i64)i * In::WORDS + In::OWN + warp * WIDTH + lane] : 0;
-}
-
 __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int warp, int lane) {
   const int items = c.tiles * c.kv_heads;
   const u32 straight = straight_at(lane), turned = turned_at(lane);
-  Query left;
+  Left left;
   Rows x;
   u32 first = 0;  // loads of the tiles before
   int i = blockIdx.x;
-  u32 head = head_of<R>(c, i, items, lane), next = head_of<R>(c, i + gridDim.x, items, lane);
-  u32 list = own_list(c, i, warp, lane);
+  u32 head = head_words<R>(c, i, items, lane), next = head_words<R>(c, i + gridDim.x, items, lane);
+  Walk<R> walk;
+  walk.begin(c, i, warp, lane);
   while (i < items) {
     reset(x);
     __syncwarp();
-    take_query(left, ring, first + warp / SHARE, warp, turned, lane);
-    const int position = word(head, POSITION) + warp, k_len = word(head, END);
+    take_queries(left, ring, first + warp / SHARE, warp, turned, lane);
+    const int position = word(head, POSITION) + warp * Q, k_len = word(head, END);
 #pragma unroll 1
-    for (int e = 0; e < WIDTH; e++) {
-      const u32 entry = __shfl_sync(~0u, list, e);
-      if (entry == 0) break;
-      const int key = (int)(entry & 0xfffff) * SIZE;
-      attend(ring, first + AHEAD + 2 * (entry >> 20 & 0x1ff), position - key, k_len - key, x, left, straight, turned, c.scale, lane);
+    for (int e = 0; e < walk.MOST; e++) {
+      const auto entry = walk.step(e);
+      if (entry.ends()) break;
+      const int key = entry.block() * SIZE;
+      attend(ring, first + AHEAD + 2 * entry.place(), entry.queries(), position - key, k_len - key, x, left, straight, turned,
+             c.scale, lane);
     }
     __syncwarp();
-    const int batch = word(head, BATCH), row = word(head, ROW) + warp, hk = word(head, KV_HEAD);
-    const bool stored = warp < word(head, QUERIES);
+    const int batch = word(head, BATCH), row = word(head, ROW) + warp * Q, hk = word(head, KV_HEAD);
+    const int queries = word(head, QUERIES);
+    const bool stored = warp * Q < queries;
     first += AHEAD + 2 * word(head, COUNT);
     // What the next tile needs comes while this one's rows are written.
     i += gridDim.x;
     head = next;
-    next = head_of<R>(c, i + gridDim.x, items, lane);
-    if (i < items) list = own_list(c, i, warp, lane);
-    if (stored) finish(x, c, batch, row, hk, lane);
+    next = head_words<R>(c, i + gridDim.x, items, lane);
+    if (i < items) walk.begin(c, i, warp, lane);
+    if (stored) finish(x, c, batch, row, queries - warp * Q, hk, lane);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Selected attention on Hopper, a warp for each query: the launcher of ``selected_forward.cu``.
+"""Selected attention on Hopper, a warp for one query or several: the launcher of ``selected_forward.cu``.
 
 The twin of ``kernels/hopper/selected_forward.py``.
 """
@@ -11,13 +11,13 @@ import functools
 import torch
 from torch import Tensor
 
-from nsa.kernels.cuda import GROUP, SIZE
+from nsa.kernels.cuda import ROWS, SIZE
 from nsa.kernels.cuda.selected_lists import Lists, Program, fill, load
 from nsa.kernels.triton.combine import Mix
 from nsa.kernels.triton.sequence import Spans
 from nsa.kernels.triton.tile import LOG2E
 
-QUERIES, THREADS = 12, 512  # R, and of a block
+WARPS, THREADS = 12, 512  # that multiply, and all of a block
 # The ring's 14 tiles of 16 KiB, the barriers, and what aligning takes.
 SHARED = 14 * (16 << 10) + 1024 + 1024
 
@@ -36,9 +36,9 @@ class Call(Lists):
 
 
 @functools.cache
-def program(dtype: torch.dtype, device: int) -> Program | None:
-    """The kernel on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
-    return load("selected_forward", QUERIES, THREADS, SHARED, dtype, device)
+def program(dtype: torch.dtype, group: int, device: int) -> Program | None:
+    """For groups of this many heads, on ``device``, the current one; None, after a warning, where it can't be had."""
+    return load("selected_forward", WARPS, THREADS, SHARED, dtype, group, device)
 
 
 def selected_forward(
@@ -62,6 +62,7 @@ def selected_forward(
         assert mixed is not None
         call.mixed, call.o_cmp, call.o_win, call.gates = (x.data_ptr() for x in (mixed, mix.o_cmp, mix.o_win, mix.gates))
         call.wide_gates = mix.gates.dtype == torch.float32
-    if fill(call, indices, spans, QUERIES, heads):
-        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1), (q, 1, GROUP)], q.device)
+    group = heads // k.shape[2]
+    if fill(call, indices, spans, WARPS, heads):
+        program.launch(call, [(k, SIZE, 1), (v, SIZE, 1), (q, ROWS // group, group)], q.device)
     return o, lse, mixed

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nsa import tuning
-from nsa.kernels.cuda import SIZE, WIDTH, driver, nvrtc
+from nsa.kernels.cuda import MOST_KEYS, ROWS, SIZE, WIDTH, driver, nvrtc
 from nsa.kernels.triton.sequence import Spans
 
 
@@ -33,26 +33,37 @@ class Lists(ctypes.Structure):
     )  # fmt: skip
 
 
-def item_words(queries: int) -> int:
+def queries_of(warps: int, group: int) -> int:
+    """R, the queries of a tile: each warp has the rows of a fragment, groups of heads."""
+    return warps * (ROWS // group)
+
+
+def item_words(warps: int, group: int) -> int:
     """The words of a tile's lists."""
-    return 2 * queries * WIDTH + 8
+    return (2 if group == ROWS else 3) * queries_of(warps, group) * WIDTH + 8
 
 
-def fill(call: Lists, indices: Tensor, spans: Spans, queries: int, heads: int) -> bool:
-    """Say what to list, in tiles of ``queries``: ``indices`` int32 ``[B, TQ, HK, width]``, contiguous, for ``heads`` of q.
+def list_threads(warps: int, group: int) -> int:
+    """Of a block that makes them."""
+    return warps * (WIDTH if group == ROWS else 32)
+
+
+def fill(call: Lists, indices: Tensor, spans: Spans, warps: int, heads: int) -> bool:
+    """Say what to list, in tiles of ``warps``: ``indices`` int32 ``[B, TQ, HK, width]``, contiguous, for ``heads`` of q.
 
     Whether there is anything to compute.
     """
     rows, kv_heads, width = indices.shape[1:]
-    tiles = spans.query_tiles(queries)
+    group = heads // kv_heads
+    tiles = spans.query_tiles(queries_of(warps, group))
     items = tiles.count * kv_heads
-    lists = torch.empty(items, item_words(queries), dtype=torch.int32, device=indices.device)
+    lists = torch.empty(items, item_words(warps, group), dtype=torch.int32, device=indices.device)
     call.held = lists, tiles.seq, tiles.first
     call.tile_seq, call.tile_first, call.table = map(_address, (tiles.seq, tiles.first, spans.table))
     call.per_seq, call.q_len, call.k_len, call.offset = tiles.per_seq, spans.q_len, spans.k_len, spans.offset
     call.rows, call.tiles, call.heads, call.kv_heads = rows, tiles.count, heads, kv_heads
     call.covers_keys, call.width = spans.covers_keys, width
-    call.words = triton.cdiv(triton.cdiv(spans.rows_k, SIZE), 32)
+    call.words = words_of(spans.rows_k)
     call.indices, call.lists = indices.data_ptr(), lists.data_ptr()
     return items > 0
 
@@ -61,8 +72,19 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def options(dtype: torch.dtype) -> tuple[str, ...]:
-    return ("--gpu-architecture=sm_90a", "--std=c++17", *(["--define-macro=FP16"] if dtype == torch.float16 else []))
+def words_of(keys: int) -> int:
+    """Of a bit for each block."""
+    return triton.cdiv(triton.cdiv(keys, SIZE), 32)
+
+
+def list_shared(words: int) -> int:
+    """Bytes of shared memory that a block that makes lists is given."""
+    return 2 * words * 4
+
+
+def options(dtype: torch.dtype, group: int) -> tuple[str, ...]:
+    half = ["--define-macro=FP16"] if dtype == torch.float16 else []
+    return ("--gpu-architecture=sm_90a", "--std=c++17", f"--define-macro=GROUP={group}", *half)
 
 
 @dataclass(frozen=True)
@@ -82,16 +104,16 @@ class Program:
         for at, box in zip(maps, boxes):
             driver.describe(at, *box)
         driver.enter(device.index)
-        self.lists.launch((call.tiles, call.kv_heads), 2 * call.words * 4, [ctypes.addressof(call)])
+        self.lists.launch((call.tiles, call.kv_heads), list_shared(call.words), [ctypes.addressof(call)])
         grid = min(call.tiles * call.kv_heads, tuning.multiprocessors(device))
         self.kernel.launch((grid, 1), self.shared, [*maps, ctypes.addressof(call)])
 
 
-def load(name: str, queries: int, threads: int, shared: int, dtype: torch.dtype, device: int) -> Program | None:
+def load(name: str, warps: int, threads: int, shared: int, dtype: torch.dtype, group: int, device: int) -> Program | None:
     """The kernel ``name`` on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
     try:
-        module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype)), device)
-        lists = driver.Kernel(module, "selected_lists", queries * WIDTH, 0)
+        module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype, group)), device)
+        lists = driver.Kernel(module, "selected_lists", list_threads(warps, group), list_shared(words_of(MOST_KEYS)))
         return Program(lists, driver.Kernel(module, name, threads, shared), shared)
     except (nvrtc.Unavailable, RuntimeError) as reason:
         warnings.warn(f"{name} takes its slower kernel: {reason}", RuntimeWarning, stacklevel=3)

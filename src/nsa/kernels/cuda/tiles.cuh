@@ -2,11 +2,22 @@
 #pragma once
 #include "instructions.cuh"
 
+#ifndef GROUP
+#define GROUP 16
+#endif
+
 namespace {
 
-constexpr int D = 128, G = 16, SIZE = 64;  // head dim, heads of a group, keys of a selection block
-constexpr int TILE_BYTES = SIZE * D * 2, QUERY_BYTES = G * D * 2;
-static_assert(G == 16, "a fragment has 16 rows");
+constexpr int D = 128, G = GROUP, SIZE = 64;  // head dim, heads of a group, keys of a selection block
+constexpr int ROWS = 16, Q = ROWS / G;        // of a fragment: the heads of so many neighbouring queries, query by query
+constexpr int TILE_BYTES = SIZE * D * 2, ROWS_BYTES = ROWS * D * 2;
+static_assert(G * Q == ROWS, "whole queries fill a fragment");
+
+// Of the lane's rows, lane / 4 and lane / 4 + 8, row h belongs to this one of the queries, and this head of the group.
+__device__ __forceinline__ int query_of(int lane, int h) { return Q == 1 ? 0 : ((lane >> 2) + 8 * h) / G; }
+__device__ __forceinline__ int head_of(int lane, int h) { return Q == 1 ? (lane >> 2) + 8 * h : ((lane >> 2) + 8 * h) % G; }
+// Whether that query is among these, a bit for each.
+__device__ __forceinline__ bool is_among(u32 queries, int lane, int h) { return Q == 1 || (queries >> query_of(lane, h) & 1); }
 
 // A tile is two boxes of 64 columns, swizzled. Lanes 8 i to 8 i + 7 give the rows of matrix i of a 16 x 16 piece; ^ 32 i goes 16 i
 // columns on within a box.
@@ -19,13 +30,14 @@ __device__ __forceinline__ u32 turned_at(int lane) {
   return ((lane >> 3 & 1) * 8 + (lane & 7)) * 128 + ((lane >> 4) ^ (lane & 7)) * 16;
 }
 
-// Of scores or probabilities, those of keys behind the block's key `last` become `hidden`.
+// Of scores or probabilities, those of keys that their query doesn't see become `hidden`: the first query sees the block's keys to
+// `last`, the next ones more by one each.
 __device__ __forceinline__ void hide_future(float (&s)[SIZE / 8][4], int last, int lane, float hidden) {
 #pragma unroll
   for (int i = 0; i < SIZE / 8; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++)
-      if (i * 8 + (lane & 3) * 2 + (j & 1) > last) s[i][j] = hidden;
+      if (i * 8 + (lane & 3) * 2 + (j & 1) > last + query_of(lane, j >> 1)) s[i][j] = hidden;
 }
 
 // x += p[0] B and, of two queries, y += p[1] B; `b_at` at the lane's row of B, which is turned.
