@@ -20,7 +20,7 @@ from nsa.layout import SeqInfo
 from nsa.ops.steps import selected_backward_op
 from tests import naive
 from tests.kernels.draws import guarded_inputs
-from tests.kernels.test_cuda_selected import CASES, CFG, DTYPES, GROUPS, LARGE, SMALLER, big, counted, odd_sets, of_group, twin
+from tests.kernels.test_cuda_selected import CASES, CFG, DTYPES, GROUPS, LARGE, OTHERS, big, counted, odd_sets, of_shape, twin
 from tests.steps import gradients, steps
 from tests.tolerance import assert_within_2x
 
@@ -44,7 +44,7 @@ def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeyp
     monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
     monkeypatch.setattr(launch.hopper, "gathers", lambda *_: False)
     monkeypatch.setattr(launch, "union_lists", lambda *_: None)
-    monkeypatch.setattr(kernels, "program", lambda _, asked, __: object() if loads and asked == group else None)
+    monkeypatch.setattr(kernels, "program", lambda _, *asked: object() if loads and asked == (group, 128, 0) else None)
     monkeypatch.setattr(kernels, "selected_dq", lambda *_: "cuda")
     monkeypatch.setattr(portable, "selected_dq", lambda *_: "triton")
     monkeypatch.setattr(portable, "selected_dkv", lambda *_: ("dk", "dv"))
@@ -95,9 +95,9 @@ def test_beside_reference_and_twin(name: str, width: int, dtype: torch.dtype, ca
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("group", "name"), [*SMALLER, (2, "packed chunks")])
-def test_smaller_groups(group: int, name: str, calls: list[None]) -> None:
-    case, dtype = of_group(name, group)
+@pytest.mark.parametrize(("group", "dim", "name"), OTHERS)
+def test_other_groups_and_head_dims(group: int, dim: int, name: str, calls: list[None]) -> None:
+    case, dtype = of_shape(name, group, dim)
     low = guarded_inputs(case, dtype, "cuda")
     indices, told = odd_sets(case, 16), case.lengths("cuda")
     rng = torch.Generator("cuda").manual_seed(case.seed)
@@ -152,18 +152,18 @@ def test_adds_to_what_is_there(dtype: torch.dtype, group: int, calls: list[None]
     assert (call(old.clone()).double() - twins.double()).norm() <= 1e-2 * twins.double().norm()
 
 
-def backward_of(tokens: int, dtype: torch.dtype, group: int = 16) -> tuple[tuple[Tensor, ...], Tensor]:
+def backward_of(tokens: int, dtype: torch.dtype, group: int = 16, dim: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator takes ahead of the lengths: the forward's inputs and outputs, and do."""
-    q, k, v, indices = big(tokens, dtype, group)
+    q, k, v, indices = big(tokens, dtype, group, dim)
     o, lse = ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
     do = torch.randn(q.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(dtype)
     return (q, k, v, indices, o, lse), do
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dtype", "group"), LARGE)
-def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, calls: list[None]) -> None:
-    saved, do = backward_of(tokens, dtype, group)
+@pytest.mark.parametrize(("tokens", "dtype", "group", "dim"), LARGE)
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, dim: int, calls: list[None]) -> None:
+    saved, do = backward_of(tokens, dtype, group, dim)
     call = lambda: selected_backward_op(*saved, do, None, None, None, tokens, 64, 128**-0.5, True, False)[0]
     dq, other = call(), twin(call)
     size = other.double().norm(dim=-1)

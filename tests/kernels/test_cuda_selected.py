@@ -34,8 +34,8 @@ from tests.steps import steps
 from tests.tolerance import assert_within_2x
 
 
-def config(group: int) -> nsa.NSAConfig:
-    return nsa.NSAConfig(head_dim=128, num_heads=2 * group, num_kv_heads=2)
+def config(group: int, dim: int = 128) -> nsa.NSAConfig:
+    return nsa.NSAConfig(head_dim=dim, num_heads=2 * group, num_kv_heads=2)
 
 
 CFG, GROUPS = config(16), [16, 8, 4, 2, 1]
@@ -53,11 +53,13 @@ SPILLS = {
     "selected_forward": (32, 32),
     "selected_dq": (0, 32),
 }  # bytes that a thread may store, of groups of 16 and of smaller ones
-EACH = pytest.mark.parametrize(("name", "group", "dtype"), [*itertools.product(LAUNCHERS, GROUPS, DTYPES)], ids=str)
+EACH = pytest.mark.parametrize(
+    ("name", "group", "dim", "dtype"), [*itertools.product(LAUNCHERS, GROUPS, cuda.HEAD_DIMS, DTYPES)], ids=str
+)
 
 
 @EACH
-def test_compiles_by_nvcc(name: str, group: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_compiles_by_nvcc(name: str, group: int, dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """Within registers and shared memory; and what the launcher says twice is said alike."""
     launcher: Any = LAUNCHERS[name]
     if NVCC is None:
@@ -69,11 +71,11 @@ def test_compiles_by_nvcc(name: str, group: int, dtype: torch.dtype, tmp_path: P
     ]
     source.write_text(LAYOUT.format(
         source=nvrtc.SOURCES / f"{name}.cu", size=ctypes.sizeof(launcher.Call), fields="\n".join(fields),
-        block=cuda.SIZE, dim=cuda.HEAD_DIM, group=group, queries=selected_lists.queries_of(launcher.WARPS, group),
+        block=cuda.SIZE, dim=dim, group=group, queries=selected_lists.queries_of(launcher.WARPS, group),
         width=cuda.WIDTH, item=selected_lists.item_words(launcher.WARPS, group),
         lister=selected_lists.list_threads(launcher.WARPS, group), threads=launcher.THREADS, shared=launcher.SHARED,
     ))  # fmt: skip
-    options = selected_lists.options(dtype, group)
+    options = selected_lists.options(dtype, group, dim)
     command = [NVCC, "-cubin", "-o", str(tmp_path / "layout.cubin"), "--ptxas-options=-v", *options, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,12 +89,12 @@ def test_compiles_by_nvcc(name: str, group: int, dtype: torch.dtype, tmp_path: P
 
 
 @EACH
-def test_compiles_by_nvrtc(name: str, group: int, dtype: torch.dtype) -> None:
+def test_compiles_by_nvrtc(name: str, group: int, dim: int, dtype: torch.dtype) -> None:
     try:
         nvrtc.library()
     except nvrtc.Unavailable as reason:
         pytest.skip(str(reason))
-    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype, group)).startswith(b"\x7fELF")
+    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype, group, dim)).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,9 @@ def test_compiles_by_nvrtc(name: str, group: int, dtype: torch.dtype) -> None:
         ({"dtype": torch.float16, "width": 3}, None),
         ({"arch": 100}, "compute capability"),
         ({"dtype": torch.float32}, "fp16 and bf16"),
-        ({"value_dim": 64}, "head dims of 128"),
+        ({"value_dim": 64}, "head dims of 64 or 128"),
+        ({"dim": 64, "value_dim": 64}, None),
+        ({"dim": 96, "value_dim": 96}, "head dims of 64 or 128"),
         ({"group": 1}, None),
         ({"group": 8}, None),
         ({"group": 3}, "rows of a fragment"),
@@ -182,7 +186,7 @@ def test_says_why_its_twin_runs(name: str, fails: str, monkeypatch: pytest.Monke
     launcher: Any = LAUNCHERS[name]
     monkeypatch.setattr(nvrtc, fails, mock.Mock(side_effect=nvrtc.Unavailable("the reason")))
     with pytest.warns(RuntimeWarning, match=f"{name} takes its slower kernel: the reason") as warned:
-        assert launcher.program.__wrapped__(torch.bfloat16, 16, 0) is None
+        assert launcher.program.__wrapped__(torch.bfloat16, 16, 128, 0) is None
     assert warned[0].filename == __file__
 
 
@@ -204,7 +208,7 @@ def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeyp
     monkeypatch.setattr(launch.tuning, "arch", lambda _: 90)
     monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
     monkeypatch.setattr(launch, "union_lists", lambda *_: SimpleNamespace(queries=4))
-    monkeypatch.setattr(kernels, "program", lambda _, asked, __: object() if loads and asked == group else None)
+    monkeypatch.setattr(kernels, "program", lambda _, *asked: object() if loads and asked == (group, 128, 0) else None)
     monkeypatch.setattr(kernels, "selected_forward", lambda *_: ("cuda", None, None))
     monkeypatch.setattr(gluon, "selected_forward", lambda *_: ("gluon", None, None))
     indices = torch.zeros(1, 99, 2, 16, dtype=torch.int32)
@@ -291,18 +295,23 @@ def test_beside_reference_and_twin(name: str, width: int, dtype: torch.dtype, ca
     assert (o.double() - other.double()).norm() <= 1e-2 * other.double().norm()
 
 
-SMALLER = [*itertools.product((1, 4, 8), ("half a tile over", "rows past a tensor", "packed, some empty", "packed chunks"))]
+OTHERS = [  # groups, head dims, cases
+    *itertools.product((1, 4, 8), (128,), ("half a tile over", "rows past a tensor", "packed, some empty", "packed chunks")),
+    (2, 128, "packed chunks"),
+    *itertools.product((16,), (64,), ("half a tile over", "rows past a tensor", "packed, some empty", "packed chunks")),
+    (4, 64, "packed chunks"),
+]
 
 
-def of_group(name: str, group: int) -> tuple[Case, torch.dtype]:
-    return replace(CASES[name], cfg=config(group)), DTYPES[group == 8]
+def of_shape(name: str, group: int, dim: int) -> tuple[Case, torch.dtype]:
+    return replace(CASES[name], cfg=config(group, dim)), DTYPES[group == 8]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("group", "name"), [*SMALLER, (2, "packed chunks")])
-def test_smaller_groups(group: int, name: str, calls: list[None]) -> None:
+@pytest.mark.parametrize(("group", "dim", "name"), OTHERS)
+def test_other_groups_and_head_dims(group: int, dim: int, name: str, calls: list[None]) -> None:
     """Alone, then with the gated sum."""
-    case, dtype = of_group(name, group)
+    case, dtype = of_shape(name, group, dim)
     low = guarded_inputs(case, dtype, "cuda")
     indices, told = odd_sets(case, 16), case.lengths("cuda")
     arguments = lambda x: (x.q.detach(), x.k_slc.detach(), x.v_slc.detach(), indices)
@@ -315,7 +324,7 @@ def test_smaller_groups(group: int, name: str, calls: list[None]) -> None:
     assert (o.double() - other.double()).norm() <= 1e-2 * other.double().norm()
     rng = torch.Generator("cuda").manual_seed(case.seed)
     make = lambda *shape: torch.randn(*o.shape[:3], *shape, generator=rng, device="cuda").to(dtype)
-    o_cmp, o_win, gates = make(128), make(128), make(3)
+    o_cmp, o_win, gates = make(dim), make(dim), make(3)
     where = spans(o.shape[1], low.k_slc.shape[1], sequence_info(o, *lengths_of(case, low.k_slc)), 1, 1)
     rows = torch.zeros(o.shape[:2], dtype=torch.bool, device="cuda")
     for (batch, its), *_ in case.places():
@@ -343,10 +352,10 @@ def with_lse(case: Case, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tu
     return ops.selected_op(q, k, v, indices, *lengths_of(case, k), 64, case.cfg.softmax_scale)
 
 
-def big(tokens: int, dtype: torch.dtype, group: int = 16) -> tuple[Tensor, ...]:
+def big(tokens: int, dtype: torch.dtype, group: int = 16, dim: int = 128) -> tuple[Tensor, ...]:
     """More tiles than multiprocessors, neighbours that share half of their blocks, and scores whose maximum grows by leaps."""
     rng = torch.Generator("cuda").manual_seed(0)
-    make = lambda heads: torch.randn(1, tokens, heads, 128, generator=rng, device="cuda")
+    make = lambda heads: torch.randn(1, tokens, heads, dim, generator=rng, device="cuda")
     q, k, v = make(4 * group) * 3, make(4), make(4)
     own = torch.arange(tokens, device="cuda")[None, :, None, None] // 64
     share = torch.rand(1, tokens, 4, 16, generator=rng, device="cuda")
@@ -359,16 +368,16 @@ def big(tokens: int, dtype: torch.dtype, group: int = 16) -> tuple[Tensor, ...]:
 
 
 LARGE = [
-    *itertools.product([1003, 8191], DTYPES, [16]),
-    (40000, torch.bfloat16, 16),
-    *((40000, torch.bfloat16, group) for group in (8, 4, 2, 1)),
+    *itertools.product([1003, 8191], DTYPES, [16], [128]),
+    *itertools.product([40000], [torch.bfloat16], GROUPS, [128]),
+    (40000, torch.bfloat16, 16, 64),
 ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dtype", "group"), LARGE)
-def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, calls: list[None]) -> None:
-    q, k, v, indices = big(tokens, dtype, group)
+@pytest.mark.parametrize(("tokens", "dtype", "group", "dim"), LARGE)
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, dim: int, calls: list[None]) -> None:
+    q, k, v, indices = big(tokens, dtype, group, dim)
     call = lambda: ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
     o, lse = call()
     other, other_lse = twin(call)

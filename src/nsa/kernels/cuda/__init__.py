@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-HEAD_DIM, ROWS, SIZE, WIDTH = 128, 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
+HEAD_DIMS, ROWS, SIZE, WIDTH = (64, 128), 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
 MOST_KEYS = 1 << 23  # for every 32 blocks, the kernel that makes lists has two words of shared memory, 32 KiB in all
 
 
@@ -22,8 +22,10 @@ def supports(
         return f"it needs compute capability 9.0, got {arch / 10}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in fp16 and bf16, got {dtype}"
-    if (dim, value_dim) != (HEAD_DIM, HEAD_DIM):
-        return f"it holds head dims of {HEAD_DIM}, got {dim} and {value_dim}"
+    if dim not in HEAD_DIMS or value_dim != dim:
+        return (
+            f"it holds head dims of {' or '.join(map(str, HEAD_DIMS))}, the same of keys and values, got {dim} and {value_dim}"
+        )
     if ROWS % group:
         return f"whole groups of heads fill the {ROWS} rows of a fragment, got {group}"
     if size != SIZE:

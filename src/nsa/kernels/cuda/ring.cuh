@@ -106,8 +106,9 @@ __device__ __forceinline__ void load_blocks(const Ring<SLOTS>& ring, const Tenso
       for (int values = 0; values < 2; values++) {
         const TensorMap* map = values ? v_map : k_map;
         loads.next(others, [&](u32 to, u32 full) {
-          load_box(to, map, full, 0, hk, row, batch);
-          load_box(to + TILE_BYTES / 2, map, full, D / 2, hk, row, batch);
+#pragma unroll
+          for (int column = 0; column < D; column += COLUMNS)
+            load_box(to + column / COLUMNS * BOX_BYTES, map, full, column, hk, row, batch);
         });
       }
     }

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int WARPS = 8, R = WARPS * Q;          // warps that multiply, each for Q of a tile's R queries
 constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
-constexpr int SLOTS = 14;                        // of the ring: the keys or the values of a block, or what SHARE warps' queries need
+constexpr int SLOTS = 14 * 128 / D;              // of the ring: the keys or the values of a block, or what SHARE warps' queries need
 constexpr int SHARE = TILE_BYTES / (2 * ROWS_BYTES), AHEAD = WARPS / SHARE;  // and so many of these come ahead of a tile's blocks
 constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ void product(float (&s)[8][4], const u32 (&a)[D / 16]
 #pragma unroll
     for (int keys = 0; keys < SIZE / 16; keys++) {
       u32 b[4];
-      load_matrices(b, (b_at ^ (d & 3) * 32) + (d >> 2) * (TILE_BYTES / 2) + keys * 2048);
+      load_matrices(b, (b_at ^ (d & 3) * 32) + (d >> 2) * BOX_BYTES + keys * 2048);
       multiply_add(s[2 * keys], a[d], b[0], b[1]);
       multiply_add(s[2 * keys + 1], a[d], b[2], b[3]);
     }
@@ -119,13 +119,13 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
     // A row that isn't stored reads what the first query's does: a branch around the loads would cost registers.
     const int head = hk * G + head_of(lane, h), row = first + (stored ? query_of(lane, h) : 0);
     uint4* to = reinterpret_cast<uint4*>(c.dq + batch * c.dq_batch + row * c.dq_row + head * c.dq_head) + j;
-    uint4 old[4];
+    uint4 old[D / 32];
     if (c.add) {
 #pragma unroll
-      for (int m = 0; m < 4; m++) old[m] = load_once(to + 4 * m);
+      for (int m = 0; m < D / 32; m++) old[m] = load_once(to + 4 * m);
     }
 #pragma unroll
-    for (int m = 0; m < 4; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
+    for (int m = 0; m < D / 32; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
       float sum[4][2];
 #pragma unroll
       for (int i = 0; i < 4; i++)
@@ -156,8 +156,9 @@ __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMa
     loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
       for (int n = 0; n < SHARE; n++)
         for (int i = 0; i < 2; i++, to += ROWS_BYTES) {
-          load_box_once(to, i ? g_map : q_map, full, 0, of, row + n * Q, batch);
-          load_box_once(to + ROWS_BYTES / 2, i ? g_map : q_map, full, D / 2, of, row + n * Q, batch);
+#pragma unroll
+          for (int column = 0; column < D; column += COLUMNS)
+            load_box_once(to + column / COLUMNS * ROWS_BOX_BYTES, i ? g_map : q_map, full, column, of, row + n * Q, batch);
         }
     });
 }
@@ -184,8 +185,8 @@ __device__ __forceinline__ void take_queries(Left& left, Ring<SLOTS>& ring, u32 
   at += turned;
 #pragma unroll
   for (int d = 0; d < D / 16; d++) {
-    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (ROWS_BYTES / 2));
-    load_matrices(left.g[d], (at ^ (d & 3) * 32) + (d >> 2) * (ROWS_BYTES / 2) + ROWS_BYTES);
+    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * ROWS_BOX_BYTES);
+    load_matrices(left.g[d], (at ^ (d & 3) * 32) + (d >> 2) * ROWS_BOX_BYTES + ROWS_BYTES);
     after |= left.q[d][0] | left.g[d][0];
   }
   ring.leave(slot, after, lane);

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int WARPS = 12, R = WARPS * Q;         // warps that multiply, each for Q of a tile's R queries
 constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
-constexpr int SLOTS = 14;                        // of the ring: the keys or the values of a block, or the queries of SHARE warps
+constexpr int SLOTS = 14 * 128 / D;              // of the ring: the keys or the values of a block, or the queries of SHARE warps
 constexpr int SHARE = TILE_BYTES / ROWS_BYTES, AHEAD = WARPS / SHARE;  // and so many of these come ahead of a tile's blocks
 constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
 constexpr float LN2 = 0.6931471805599453f;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void scores(float (&s)[8][4], const Left& left, u32 k
 #pragma unroll
     for (int keys = 0; keys < SIZE / 16; keys++) {
       u32 b[4];
-      load_matrices(b, (k_at ^ (d & 3) * 32) + (d >> 2) * (TILE_BYTES / 2) + keys * 2048);
+      load_matrices(b, (k_at ^ (d & 3) * 32) + (d >> 2) * BOX_BYTES + keys * 2048);
       multiply_add(s[2 * keys], left.q[d], b[0], b[1]);
       multiply_add(s[2 * keys + 1], left.q[d], b[2], b[3]);
     }
@@ -173,11 +173,11 @@ __device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, i
     // A row that isn't stored reads what the first query's does: a branch around the loads would cost registers.
     const int head = hk * G + head_of(lane, h), row = first + (stored ? query_of(lane, h) : 0);
     const i64 at = ((i64)batch * c.rows + row) * c.heads + head, word = at * (D / 8) + j;
-    uint4 cmp[4], win[4];  // what it mixes, all asked for at once: it comes from memory
+    uint4 cmp[D / 32], win[D / 32];  // what it mixes, all asked for at once: it comes from memory
     float g[3];
     if constexpr (MIX) {
 #pragma unroll
-      for (int m = 0; m < 4; m++) {
+      for (int m = 0; m < D / 32; m++) {
         cmp[m] = load_once(reinterpret_cast<const uint4*>(c.o_cmp) + word + 4 * m);
         win[m] = load_once(reinterpret_cast<const uint4*>(c.o_win) + word + 4 * m);
       }
@@ -191,7 +191,7 @@ __device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, i
     if (stored && j == 0)
       c.lse[((i64)batch * c.heads + head) * c.rows + row] = l > 0 ? (x.m[h] + log2_fast(l)) * LN2 : minus_infinity();
 #pragma unroll
-    for (int m = 0; m < 4; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
+    for (int m = 0; m < D / 32; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
       u32 w[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) w[i] = pack(x.acc[4 * m + i][2 * h] * inverse, x.acc[4 * m + i][2 * h + 1] * inverse);
@@ -199,8 +199,8 @@ __device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, i
       if (stored && c.o) store_once(reinterpret_cast<uint4*>(c.o) + word + 4 * m, make_uint4(w[0], w[1], w[2], w[3]));
       if constexpr (MIX) {
         const uint4 a = cmp[m], b = win[m];
-        const uint4 sum = make_uint4(mix(a.x, w[0], b.x, g), mix(a.y, w[1], b.y, g), mix(a.z, w[2], b.z, g), mix(a.w, w[3], b.w, g));
-        if (stored) store_once(reinterpret_cast<uint4*>(c.mixed) + word + 4 * m, sum);
+        const uint4 s = make_uint4(mix(a.x, w[0], b.x, g), mix(a.y, w[1], b.y, g), mix(a.z, w[2], b.z, g), mix(a.w, w[3], b.w, g));
+        if (stored) store_once(reinterpret_cast<uint4*>(c.mixed) + word + 4 * m, s);
       }
     }
   }
@@ -217,8 +217,9 @@ __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMa
   for (int row = first; row < first + R; row += SHARE * Q)
     loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
       for (int n = 0; n < SHARE; n++, to += ROWS_BYTES) {
-        load_box_once(to, q_map, full, 0, of, row + n * Q, batch);
-        load_box_once(to + ROWS_BYTES / 2, q_map, full, D / 2, of, row + n * Q, batch);
+#pragma unroll
+        for (int column = 0; column < D; column += COLUMNS)
+          load_box_once(to + column / COLUMNS * ROWS_BOX_BYTES, q_map, full, column, of, row + n * Q, batch);
       }
     });
 }
@@ -230,7 +231,7 @@ __device__ __forceinline__ void take_queries(Left& left, Ring<SLOTS>& ring, u32 
   at += turned;
 #pragma unroll
   for (int d = 0; d < D / 16; d++) {
-    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * (ROWS_BYTES / 2));
+    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * ROWS_BOX_BYTES);
     after |= left.q[d][0];
   }
   ring.leave(slot, after, lane);

@@ -82,9 +82,10 @@ def list_shared(words: int) -> int:
     return 2 * words * 4
 
 
-def options(dtype: torch.dtype, group: int) -> tuple[str, ...]:
+def options(dtype: torch.dtype, group: int, dim: int) -> tuple[str, ...]:
     half = ["--define-macro=FP16"] if dtype == torch.float16 else []
-    return ("--gpu-architecture=sm_90a", "--std=c++17", f"--define-macro=GROUP={group}", *half)
+    macros = (f"--define-macro=GROUP={group}", f"--define-macro=DIM={dim}", *half)
+    return ("--gpu-architecture=sm_90a", "--std=c++17", *macros)
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,12 @@ class Program:
         self.kernel.launch((grid, 1), self.shared, [*maps, ctypes.addressof(call)])
 
 
-def load(name: str, warps: int, threads: int, shared: int, dtype: torch.dtype, group: int, device: int) -> Program | None:
+def load(
+    name: str, warps: int, threads: int, shared: int, dtype: torch.dtype, group: int, dim: int, device: int
+) -> Program | None:
     """The kernel ``name`` on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
     try:
-        module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype, group)), device)
+        module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype, group, dim)), device)
         lists = driver.Kernel(module, "selected_lists", list_threads(warps, group), list_shared(words_of(MOST_KEYS)))
         return Program(lists, driver.Kernel(module, name, threads, shared), shared)
     except (nvrtc.Unavailable, RuntimeError) as reason:

@@ -5,13 +5,19 @@
 #ifndef GROUP
 #define GROUP 16
 #endif
+#ifndef DIM
+#define DIM 128
+#endif
 
 namespace {
 
-constexpr int D = 128, G = GROUP, SIZE = 64;  // head dim, heads of a group, keys of a selection block
+constexpr int D = DIM, G = GROUP, SIZE = 64;  // head dim, heads of a group, keys of a selection block
 constexpr int ROWS = 16, Q = ROWS / G;        // of a fragment: the heads of so many neighbouring queries, query by query
-constexpr int TILE_BYTES = SIZE * D * 2, ROWS_BYTES = ROWS * D * 2;
+constexpr int COLUMNS = 64;                   // of a box
+constexpr int TILE_BYTES = SIZE * D * 2, BOX_BYTES = SIZE * COLUMNS * 2;            // of a block's keys or values
+constexpr int ROWS_BYTES = ROWS * D * 2, ROWS_BOX_BYTES = ROWS * COLUMNS * 2;       // of a warp's queries
 static_assert(G * Q == ROWS, "whole queries fill a fragment");
+static_assert(D % COLUMNS == 0);
 
 // Of the lane's rows, lane / 4 and lane / 4 + 8, row h belongs to this one of the queries, and this head of the group.
 __device__ __forceinline__ int query_of(int lane, int h) { return Q == 1 ? 0 : ((lane >> 2) + 8 * h) / G; }
@@ -19,8 +25,8 @@ __device__ __forceinline__ int head_of(int lane, int h) { return Q == 1 ? (lane 
 // Whether that query is among these, a bit for each.
 __device__ __forceinline__ bool is_among(u32 queries, int lane, int h) { return Q == 1 || (queries >> query_of(lane, h) & 1); }
 
-// A tile is two boxes of 64 columns, swizzled. Lanes 8 i to 8 i + 7 give the rows of matrix i of a 16 x 16 piece; ^ 32 i goes 16 i
-// columns on within a box.
+// A tile is boxes of 64 columns, one behind the other, swizzled. Lanes 8 i to 8 i + 7 give the rows of matrix i of a 16 x 16 piece;
+// ^ 32 i goes 16 i columns on within a box.
 // Keys, and values that aren't turned: rows 0 to 7 (columns 0 to 7, 8 to 15), then rows 8 to 15.
 __device__ __forceinline__ u32 straight_at(int lane) {
   return ((lane >> 4) * 8 + (lane & 7)) * 128 + ((lane >> 3 & 1) ^ (lane & 7)) * 16;
@@ -48,7 +54,7 @@ __device__ __forceinline__ void add_product(const u32 (&p)[N][SIZE / 16][4], flo
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
       u32 b[4];
-      load_turned(b, (b_at ^ (d & 3) * 32) + (d >> 2) * (TILE_BYTES / 2) + keys * 2048);
+      load_turned(b, (b_at ^ (d & 3) * 32) + (d >> 2) * BOX_BYTES + keys * 2048);
 #pragma unroll
       for (int n = 0; n < N; n++) {
         float(&to)[D / 8][4] = n == 0 ? x : y;
@@ -62,8 +68,8 @@ __device__ __forceinline__ void add_product(const u32 (&p)[N][SIZE / 16][4], flo
 // so, each before it reads; they write the same.
 __device__ __forceinline__ void blank_past(u32 tile, int end, int lane) {
   for (int i = end * 8 + lane; i < SIZE * 8; i += 32) {
-    store_zeros(tile + i * 16);
-    store_zeros(tile + TILE_BYTES / 2 + i * 16);
+#pragma unroll
+    for (int box = 0; box < TILE_BYTES; box += BOX_BYTES) store_zeros(tile + box + i * 16);
   }
   writes_before_loads();  // the slot's next load comes behind these writes
   __syncwarp();
