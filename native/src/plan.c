@@ -43,6 +43,21 @@ static void set_grid(Planner *p, NSASlot slot, int x, int y, int z) {
     grid[0] = (unsigned)x, grid[1] = (unsigned)y, grid[2] = (unsigned)z;
 }
 
+/* Each block in the row of the stride in which it ends. */
+static int compressed_rows(const NSAConfig *c) { return c->max_seq_len / c->block_stride + 1; }
+
+/* The rows of a KV head lie side by side, since its programs read them all and no other's. Strides are 32 bits, and a kernel that
+ * multiplies a head by one does so in 32 bits: where that is too little, the heads of a row lie side by side. */
+static void set_compressed_strides(Planner *p) {
+    const NSAConfig *c = p->config;
+    const int64_t rows = compressed_rows(c), longest = rows * at_least(c->head_dim, c->value_dim);
+    const int apart = longest * c->num_kv_heads <= INT32_MAX;
+    set(p, NSA_VALUE_k_cmp_row, apart ? c->head_dim : get(p, NSA_VALUE_width));
+    set(p, NSA_VALUE_k_cmp_head, apart ? (int)rows * c->head_dim : c->head_dim);
+    set(p, NSA_VALUE_v_cmp_row, apart ? c->value_dim : get(p, NSA_VALUE_value_width));
+    set(p, NSA_VALUE_v_cmp_head, apart ? (int)rows * c->value_dim : c->value_dim);
+}
+
 static void set_numbers(Planner *p) {
     const NSAConfig *c = p->config;
     set(p, NSA_VALUE_head_dim, c->head_dim);
@@ -65,6 +80,7 @@ static void set_numbers(Planner *p) {
     set(p, NSA_VALUE_page_stride, 0);
     set(p, NSA_VALUE_width, c->num_kv_heads * c->head_dim);
     set(p, NSA_VALUE_value_width, c->num_kv_heads * c->value_dim);
+    set_compressed_strides(p);
     p->plan->values[NSA_VALUE_scale].real = (float)(c->softmax_scale * LOG2E);
 }
 
@@ -161,13 +177,13 @@ static void plan_workspace(Planner *p) {
     const size_t heads = (size_t)c->num_heads, kv_heads = (size_t)c->num_kv_heads, number = 4;
     const size_t element = (size_t)nsa_dtype_size(c->dtype), tiles = (size_t)get(p, NSA_VALUE_tiles);
     const size_t key = kv_heads * (size_t)c->head_dim * element, value = kv_heads * (size_t)c->value_dim * element;
-    const size_t rows = (size_t)(c->max_seq_len / c->block_stride) + 1, slots = (size_t)get(p, NSA_VALUE_slots);
+    const size_t rows = (size_t)compressed_rows(c), slots = (size_t)get(p, NSA_VALUE_slots);
     const size_t parts = heads * (size_t)get(p, NSA_VALUE_parts), n = (size_t)c->num_selected_blocks;
     const struct {
         NSAValueName name;
         size_t bytes;
     } tensors[] = {
-        {NSA_VALUE_k_cmp, rows * key}, /* each block in the row of the stride in which it ends */
+        {NSA_VALUE_k_cmp, rows * key},
         {NSA_VALUE_v_cmp, rows * value},
         {NSA_VALUE_k_win, 2 * slots * key}, /* two copies: see stream_window.py */
         {NSA_VALUE_v_win, 2 * slots * value},

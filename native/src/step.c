@@ -51,6 +51,8 @@ static int compress_weighted(Step *step, int which) {
     const unsigned grid[3] = {(unsigned)((blocks - 1) / together + 1), (unsigned)step->state->config.num_kv_heads, 1};
     values[NSA_VALUE_x] = values[which ? NSA_VALUE_v : NSA_VALUE_k];
     values[NSA_VALUE_out] = values[which ? NSA_VALUE_v_cmp : NSA_VALUE_k_cmp];
+    values[NSA_VALUE_out_row] = values[which ? NSA_VALUE_v_cmp_row : NSA_VALUE_k_cmp_row];
+    values[NSA_VALUE_out_head] = values[which ? NSA_VALUE_v_cmp_head : NSA_VALUE_k_cmp_head];
     values[NSA_VALUE_embedding].pointer = (uintptr_t)weights->embedding;
     values[NSA_VALUE_w1].pointer = (uintptr_t)weights->w1;
     values[NSA_VALUE_w2].pointer = (uintptr_t)(weights->w2 ? weights->w2 : weights->w1); /* linear reads none */

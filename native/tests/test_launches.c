@@ -4,8 +4,8 @@
 
 #include "check.h"
 #include "fake.h"
-#include "kernel.h"
 #include "nsa/nsa.h"
+#include "plan.h"
 
 enum { SEQ_LEN = 1000, WINDOW = 96, HEADS = 8, MOST = 64 }; /* of one KV head */
 
@@ -213,6 +213,51 @@ static void test_many_blocks(void) {
     nsa_free(&ctx);
 }
 
+/* The rows of a head side by side, for all that write and read them. */
+static void test_compressed_rows(void) {
+    const NSACompressionWeights linear = {weights, weights, NULL, 0};
+    NSAConfig config = small();
+    config.num_kv_heads = 4;
+    NSAContext ctx;
+    CHECK_EQUAL(nsa_init(&ctx, &config), NSA_OK);
+    CHECK_EQUAL(nsa_set_compression_weights(&ctx, &linear, &linear), NSA_OK);
+    compute(&ctx, SEQ_LEN);
+    const int row = 64, head = (2048 / 16 + 1) * 64;
+    const NSAValueName rows[] = {NSA_VALUE_k_cmp_row, NSA_VALUE_v_cmp_row}, heads[] = {NSA_VALUE_k_cmp_head, NSA_VALUE_v_cmp_head};
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQUAL(number(0, rows[i]), row);
+        CHECK_EQUAL(number(0, heads[i]), head);
+        CHECK_EQUAL(seen[1 + i].kernel->role, NSA_ROLE_stream_weighted);
+        CHECK_EQUAL(number(1 + i, NSA_VALUE_out_row), row);
+        CHECK_EQUAL(number(1 + i, NSA_VALUE_out_head), head);
+        CHECK_EQUAL(fake->launches[1 + i].grid[1], 4);
+        CHECK_EQUAL(seen[3].kernel->role, NSA_ROLE_decode_compressed);
+        CHECK_EQUAL(number(3, rows[i]), row);
+        CHECK_EQUAL(number(3, heads[i]), head);
+    }
+    CHECK(pointer(3, NSA_VALUE_v_cmp) >= pointer(3, NSA_VALUE_k_cmp) + 4 * (uint64_t)head * 4);
+    CHECK(pointer(0, NSA_VALUE_gates) >= pointer(3, NSA_VALUE_v_cmp) + 4 * (uint64_t)head * 4);
+    nsa_free(&ctx);
+}
+
+/* 8 heads of 64 are 2^9 numbers a row: 2^22 rows have one more than 31 bits can count. */
+static void test_more_rows_than_strides_reach(void) {
+    for (int past = 0; past < 2; past++) {
+        const int rows = (1 << 22) - 1 + past;
+        NSAConfig config = small();
+        config.num_kv_heads = 8;
+        config.max_seq_len = 16 * (rows - 1) + 15;
+        NSAPlan plan;
+        char message[512];
+        CHECK_EQUAL(nsa_make_plan(&config, 90, nsa_kernels, nsa_num_kernels, &plan, message), NSA_OK);
+        CHECK_EQUAL(plan.values[NSA_VALUE_k_cmp_row].number, past ? 8 * 64 : 64);
+        CHECK_EQUAL(plan.values[NSA_VALUE_v_cmp_row].number, past ? 8 * 64 : 64);
+        CHECK_EQUAL(plan.values[NSA_VALUE_k_cmp_head].number, past ? 64 : rows * 64);
+        CHECK_EQUAL(plan.values[NSA_VALUE_v_cmp_head].number, past ? 64 : rows * 64);
+        CHECK_EQUAL(plan.offsets[NSA_VALUE_v_cmp] - plan.offsets[NSA_VALUE_k_cmp], (size_t)rows * 8 * 64 * 4);
+    }
+}
+
 int main(void) {
     fake = open_fake();
     may_depend = fake_has("cuLaunchKernelEx");
@@ -222,5 +267,7 @@ int main(void) {
     test_incremental();
     test_weights();
     test_many_blocks();
+    test_compressed_rows();
+    test_more_rows_than_strides_reach();
     return failures != 0;
 }

@@ -60,6 +60,7 @@ def test_tiles_and_splits(loaded: Any, case: tuple[int, ...], dtype: torch.dtype
     found = step(loaded, cfg, dtype, longest)
     tile = decode_tuning.tile(cfg, 64 if cfg.group_size > 16 else 16, dtype, 90)  # two paddings of a group are exported
     _compressed(found["decode_compressed"][0], cfg, tile, longest)
+    _layout(found["stream_begin"][0], found["decode_compressed"][0], cfg, longest)
     _tokens(found["decode_tokens"][0], cfg, tile, longest)
     (choose,) = found["decode_choose"]
     width = choose.constants["BJ"]
@@ -85,6 +86,17 @@ def _compressed(launch: Launch, cfg: nsa.NSAConfig, tile: Tile, longest: int) ->
     assert told["tiles"] == _tiles(cfg, longest, tile.block_n // launch.constants["CELL"], cells.per_block)
     splits = decode_tuning.compressed_splits(cfg.num_kv_heads * head_tiles, told["tiles"])
     assert launch.grid == (splits, head_tiles, cfg.num_kv_heads)
+
+
+def _layout(begin: Launch, compressed: Launch, cfg: nsa.NSAConfig, longest: int) -> None:
+    """Compressed rows of a head lie side by side, as in Python's cache, for who writes them and who reads them."""
+    rows = longest // cfg.block_stride + 1
+    for x, dim in (("k", cfg.head_dim), ("v", cfg.value_dim)):
+        written = [begin.arguments[name] for name in (f"{x}_cmp", f"stride_{x}cr", f"stride_{x}ch")]
+        assert written == [compressed.arguments[name] for name in (x, f"stride_{x}r", f"stride_{x}h")]
+        assert written[1:] == [dim, rows * dim]
+    bytes_of_keys = cfg.num_kv_heads * rows * cfg.head_dim * begin.elements["k"].itemsize
+    assert begin.arguments["v_cmp"] >= begin.arguments["k_cmp"] + bytes_of_keys
 
 
 def _tiles(cfg: nsa.NSAConfig, longest: int, per_tile: int, per_block: int) -> int:

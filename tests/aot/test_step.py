@@ -147,7 +147,7 @@ def test_a_window_that_begins_in_the_middle(device: str, make: Make) -> None:
 
 @pytest.mark.parametrize("kind", ["mean", "mlp"])
 def test_incremental(device: str, make: Make, kind: str) -> None:
-    cfg = config((64, 64), 2, window_size=20)
+    cfg = config((64, 64), 4, 2, window_size=20)
     stream = draw(cfg, 200, torch.float32, device, kind)
     with make(cfg, torch.float32, 200, incremental=True) as ctx:
         prepare(ctx, stream)
@@ -160,7 +160,7 @@ def test_incremental(device: str, make: Make, kind: str) -> None:
 
 
 def test_one_compressor_of_two(device: str, make: Make) -> None:
-    cfg = config((64, 64))
+    cfg = config(build.DIMS[device][-1], 6, 3)
     stream = draw(cfg, 150, torch.float32, device, "linear")
     for compressors in ((stream.compressors[0], None), (None, stream.compressors[1])):
         mixed = Stream(cfg, stream.k, stream.v, stream.q, stream.gate, compressors)

@@ -39,6 +39,13 @@ def check_blocks(name: str, got: Tensor, x: Tensor, cfg: nsa.NSAConfig, embeddin
     assert got[lead + count :].isnan().all()
 
 
+def nowhere(rows: int, kv_heads: int, dim: int, like: Tensor, apart: bool) -> Tensor:
+    """``[rows, HK, D]`` of NaN, and in memory so or, ``apart``, the rows of a head side by side."""
+    shape = (kv_heads, rows, dim) if apart else (rows, kv_heads, dim)
+    made = like.new_full(shape, float("nan"))
+    return made.transpose(0, 1) if apart else made
+
+
 def check_gates(gates: Tensor, lengths: Tensor, seq_len: int, q: Tensor, weights: Tensor | None) -> None:
     want = torch.full(gates.shape, 1 / 3, dtype=torch.float64)
     if weights is not None:
@@ -47,10 +54,11 @@ def check_gates(gates: Tensor, lengths: Tensor, seq_len: int, q: Tensor, weights
     assert lengths.item() == seq_len
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_beginning_of_a_step(device: str, dtype: torch.dtype, shape: tuple[int, ...], gated: bool) -> None:
+def test_the_beginning_of_a_step(device: str, dtype: torch.dtype, shape: tuple[int, ...], gated: bool, apart: bool) -> None:
     """Means, gates and the length; with no block to add, those to add, and all at once."""
     from nsa.kernels.triton.stream_begin import stream_begin
 
@@ -61,7 +69,7 @@ def test_the_beginning_of_a_step(device: str, dtype: torch.dtype, shape: tuple[i
     weights = drawn if gated else None
     count = cfg.num_compressed_blocks(tokens)
     for edges in ((0, count), (0, 0, count // 2, count)):  # the second as an incremental stream does
-        k_cmp, v_cmp = (x.new_full((rows, *x.shape[1:]), float("nan")) for x in (k, v))
+        k_cmp, v_cmp = (nowhere(rows, *x.shape[1:], x, apart) for x in (k, v))
         for first, stop in pairwise(edges):
             gates = torch.full((len(q), 3), float("nan"), device=device)
             lengths = torch.zeros(1, dtype=torch.int32, device=device)
@@ -71,10 +79,11 @@ def test_the_beginning_of_a_step(device: str, dtype: torch.dtype, shape: tuple[i
         check_blocks("values", v_cmp, v, cfg, None)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("hidden", [0, 40, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weights(device: str, dtype: torch.dtype, shape: tuple[int, ...], hidden: int) -> None:
+def test_weights(device: str, dtype: torch.dtype, shape: tuple[int, ...], hidden: int, apart: bool) -> None:
     """Linear (``hidden`` 0) and the MLP."""
     from nsa.kernels.triton.stream_compress import stream_weighted
 
@@ -84,7 +93,7 @@ def test_weights(device: str, dtype: torch.dtype, shape: tuple[int, ...], hidden
     embedding = draw(1, length, dim, dtype=dtype, device=device)
     w1 = draw(2, hidden or dim, length * dim, dtype=dtype, device=device) / (length * dim) ** 0.5
     weights = (w1, draw(3, dim, hidden, dtype=dtype, device=device) / hidden**0.5) if hidden else (w1,)
-    out = x.new_full((tokens // stride + 1, kv_heads, dim), float("nan"))
+    out = nowhere(tokens // stride + 1, kv_heads, dim, x, apart)
     count = cfg.num_compressed_blocks(tokens)
     for first, stop in ((0, 1), (1, count)):
         stream_weighted(x, out, embedding, weights, first, stop, length, stride)

@@ -188,12 +188,17 @@ def _window(case: Case) -> Iterator[Variant]:
 
 
 def _strides(*tensors: str) -> dict[str, str]:
-    """The host's names of the strides of ``[rows, HK, dim]`` in one page: those of a page, of a row and of a head."""
+    """The host's names of the strides of all heads' rows in one page: those of a page, of a row and of a head."""
     named = {}
     for x in tensors:
         named[f"stride_{x}p"] = "page_stride"
         named[f"stride_{x}r"], named[f"stride_{x}h"] = ("width", "head_dim") if x[0] == "k" else ("value_width", "value_dim")
     return named
+
+
+def _compressed_strides(*tensors: str) -> dict[str, str]:
+    """Likewise of compressed keys and values, which lie as the plan says: those of a row and of a head."""
+    return {f"stride_{x}{axis[0]}": f"{x[0]}_cmp_{axis}" for x in tensors for axis in ("row", "head")}
 
 
 FP32, INT32 = "fp32", "i32"
@@ -209,12 +214,14 @@ KERNELS: dict[str, Kernel] = {
         },
         {"D": IS_DIM, "DV": IS_VALUE_DIM},
         _begin,
+        _compressed_strides("kc", "vc"),
     ),
     "stream_weighted": Kernel(
         stream_weighted_kernel,
         {"x": "*", "out": "*", "embedding": "*", "w1": "*", "w2": "*"},
         {"D": Rule("is", "compressed_dim"), "MLP": Rule("is", "mlp")},
         _weighted,
+        {"stride_or": "out_row", "stride_oh": "out_head"},
     ),
     "stream_window": Kernel(
         stream_window_kernel,
@@ -227,7 +234,10 @@ KERNELS: dict[str, Kernel] = {
         {"q": "*", "k": "*", "v": "*", "table": INT32, "lengths": INT32, "o": FP32, "lse": FP32, **KEPT},
         {"D": IS_DIM, "DV": IS_VALUE_DIM, "BM": Rule("nearest", "group"), "CELL": Rule("nearest", "per_block")},
         _compressed,
-        {"k": "k_cmp", "v": "v_cmp", "o": "part_o", "lse": "part_lse", **_strides("k", "v")},
+        {
+            **{"k": "k_cmp", "v": "v_cmp", "o": "part_o", "lse": "part_lse"},
+            **{"stride_kp": "page_stride", "stride_vp": "page_stride", **_compressed_strides("k", "v")},
+        },
     ),
     "decode_choose": Kernel(
         decode_choose_kernel,

@@ -33,19 +33,20 @@ def _gates(q, gate_weights, gates, head, gated, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
-def _mean(x, out, start, at, hk, kv_heads, length, BT: tl.constexpr, DIM: tl.constexpr, BDIM: tl.constexpr):
-    """Row ``at`` of ``out``: the mean of the ``length`` rows of ``x`` from ``start`` on."""
+def _mean(x, out, start, hk, kv_heads, length, BT: tl.constexpr, DIM: tl.constexpr, BDIM: tl.constexpr):
+    """Into the row ``out``: the mean of the ``length`` rows of ``x`` from ``start`` on."""
     dims, token = tl.arange(0, BDIM), tl.arange(0, BT)
     total = tl.zeros([BDIM], tl.float32)
     for first in tl.range(0, length, BT):
         row = (start + first + token) * kv_heads + hk
         total += tl.sum(load_rows(x, row * DIM, dims, first + token < length, DIM).to(tl.float32), 0)
-    tl.store(out + (at * kv_heads + hk) * DIM + dims, (total / length).to(out.dtype.element_ty), mask=dims < DIM)
+    tl.store(out + dims, (total / length).to(out.dtype.element_ty), mask=dims < DIM)
 
 
 @triton.jit(do_not_specialize=["seq_len", "gated", "first", "group", "kv_heads", "length", "stride"])
 def stream_begin_kernel(
-    q, gate_weights, gates, lengths, k, v, k_cmp, v_cmp, seq_len, gated, first, group, kv_heads, length, stride,
+    q, gate_weights, gates, lengths, k, v, k_cmp, v_cmp, stride_kcr, stride_kch, stride_vcr, stride_vch,
+    seq_len, gated, first, group, kv_heads, length, stride,
     D: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     dependents_may_start(DEPENDENT)
@@ -59,9 +60,9 @@ def stream_begin_kernel(
                 tl.store(lengths, seq_len)
             _gates(q, gate_weights, gates, wide(hk) * group + which, gated, D, BD)
     elif side == 0:
-        _mean(k, k_cmp, block * stride, at, hk, kv_heads, length, BT, D, BD)
+        _mean(k, k_cmp + at * stride_kcr + wide(hk) * stride_kch, block * stride, hk, kv_heads, length, BT, D, BD)
     else:
-        _mean(v, v_cmp, block * stride, at, hk, kv_heads, length, BT, DV, BDV)
+        _mean(v, v_cmp + at * stride_vcr + wide(hk) * stride_vch, block * stride, hk, kv_heads, length, BT, DV, BDV)
 
 
 def stream_begin(
@@ -71,14 +72,15 @@ def stream_begin(
     """``seq_len`` into lengths int32 ``[1]``, into gates fp32 ``[HQ, 3]`` the sigmoid of gate_weights ``[3, D]`` times q, and
     the means of blocks ``first .. stop - 1`` of k ``[T, HK, D]`` into k_cmp ``[rows, HK, D]``, of v ``[T, HK, DV]`` into v_cmp.
 
-    q ``[HQ, D]`` contiguous. Without gate_weights every gate is 1/3.
+    q ``[HQ, D]``, k and v contiguous; rows and heads of k_cmp and v_cmp may lie anyhow. Without gate_weights every gate is 1/3.
     """
     (kv_heads, dim), value_dim = k.shape[1:], v.shape[-1]
     group = len(q) // kv_heads
     dependent, options = launch_options(q.device)
     stream_begin_kernel[(group + stop - first, kv_heads, 2)](
-        q, q if gate_weights is None else gate_weights, gates, lengths, k, v, k_cmp, v_cmp, seq_len,
-        int(gate_weights is not None), first, group, kv_heads, length, stride,
+        q, q if gate_weights is None else gate_weights, gates, lengths, k, v, k_cmp, v_cmp,
+        *k_cmp.stride()[:2], *v_cmp.stride()[:2],
+        seq_len, int(gate_weights is not None), first, group, kv_heads, length, stride,
         D=dim, DV=value_dim, BT=TOKENS, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
         num_warps=4, **options,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def hidden_columns(bits: int) -> int:
 
 @triton.jit(do_not_specialize=["first", "stop", "kv_heads", "length", "stride", "hidden"])
 def stream_weighted_kernel(
-    x, out, embedding, w1, w2, first, stop, kv_heads, length, stride, hidden,
+    x, out, embedding, w1, w2, stride_or, stride_oh, first, stop, kv_heads, length, stride, hidden,
     D: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, MLP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def stream_weighted_kernel(
     hk = tl.program_id(1)
     block = wide(first) + tl.program_id(0) * BM + tl.arange(0, BM)
     keep, dims = block < stop, tl.arange(0, BD)
-    at = ((block + length // stride - 1) * kv_heads + hk) * D  # of the block's row in out
+    at = (block + length // stride - 1) * stride_or + wide(hk) * stride_oh  # of the block's row in out
     columns = hidden if MLP else D
     total = tl.zeros([BM, BD], tl.float32)
     for h0 in tl.range(0, columns, BH):
@@ -65,13 +65,15 @@ def stream_weighted(
 ) -> None:
     """Blocks ``first .. stop - 1`` of x ``[T, HK, D]`` into out ``[rows, HK, D]``.
 
-    embedding ``[l, D]``; weights ``(w [D, l*D],)``, or ``(w1 [hidden, l*D], w2 [D, hidden])`` with SiLU between.
+    Rows and heads of out may lie anyhow, the rest is contiguous. embedding ``[l, D]``; weights ``(w [D, l*D],)``, or
+    ``(w1 [hidden, l*D], w2 [D, hidden])`` with SiLU between.
     """
     kv_heads, dim = x.shape[1:]
     if stop > first:
         dependent, options = launch_options(x.device)
         stream_weighted_kernel[(triton.cdiv(stop - first, BLOCKS), kv_heads)](
-            x, out, embedding, weights[0], weights[-1], first, stop, kv_heads, length, stride, len(weights[0]),
+            x, out, embedding, weights[0], weights[-1], *out.stride()[:2],
+            first, stop, kv_heads, length, stride, len(weights[0]),
             D=dim, BM=BLOCKS, BH=hidden_columns(8 * x.element_size()), BD=tuning.padded_dim(dim), MLP=len(weights) == 2,
             DEPENDENT=dependent, num_warps=4, num_stages=1, **options,
         )  # fmt: skip
