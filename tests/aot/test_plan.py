@@ -69,11 +69,14 @@ def test_tiles_and_splits(loaded: Any, case: tuple[int, ...], dtype: torch.dtype
     chunks = choose.grid[0]
     for again in found.get("decode_choose_again", []):
         assert again.arguments["count"] == chunks * n
+        # Every other width of Python's is exported, for 16 blocks and for 512.
+        width, _ = decode_tuning.ranking(16 if n <= 16 else 512, True, chunks * n, 64)
+        assert width <= again.constants["BJ"] < 4 * width
         chunks = again.grid[0]
     assert chunks == 1
     (merge,) = found["decode_merge"]
     assert merge.grid == (heads, 1, 1)
-    assert merge.constants["ALL"] >= merge.arguments["parts"]
+    assert merge.arguments["parts"] <= merge.constants["ALL"] <= max(64, 4 * merge.arguments["parts"])
 
 
 def _compressed(launch: Launch, cfg: nsa.NSAConfig, tile: Tile, longest: int) -> None:

@@ -32,8 +32,9 @@ CELLS = (4, 16, 64)  # compressed blocks of a selection block that a tile holds 
 TOKEN_TILES = (1, 32)  # that one program of the selected or window branch takes, at most
 SPLITS = (64, 512)  # parts of the compressed branch, at most
 CHOSEN = (16, 512)  # selected blocks, at most
-MERGED = (32, 1024)  # parts of all branches, at most
+MERGED = (64, 256, 1024)  # parts of all branches, at most
 MANY = 1 << 20
+CHUNKS = (4, 16, 64, MANY)  # whose chosen blocks are chosen among again, at most
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,7 @@ def _choose(case: Case) -> Iterator[Variant]:
 
 def _choose_again(case: Case) -> Iterator[Variant]:
     for n in CHOSEN:
-        for count in sorted({4 * n, MANY}):
-            width, warps = decode_tuning.ranking(n, True, count)
+        for width, warps in dict.fromkeys(decode_tuning.ranking(n, True, n * chunks) for chunks in CHUNKS):
             yield Variant("any", {"BJ": width, "BN": n, "GROUPS": n, **_dependent(case)}, warps)
 
 
