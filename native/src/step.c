@@ -68,7 +68,9 @@ static int begin(Step *step, int seq_len) {
     const int stop = nsa_num_compressed_blocks(&state->config, seq_len);
     /* The means of keys and values are one launch; where only one of them is wanted, the other's are overwritten. */
     const int means = state->compression[0].w1 && state->compression[1].w1 ? 0 : stop - start;
-    const unsigned grid[3] = {(unsigned)(means + values[NSA_VALUE_group].number), (unsigned)state->config.num_kv_heads, 2};
+    const int heads = 2 * nsa_constant(state->plan.kernels[NSA_SLOT_BEGIN], "BH"); /* of the gates of two programs */
+    const int gates = (values[NSA_VALUE_group].number - 1) / heads + 1;
+    const unsigned grid[3] = {(unsigned)(gates + means), (unsigned)state->config.num_kv_heads, 2};
     values[NSA_VALUE_first].number = start;
     values[NSA_VALUE_stop].number = stop;
     int error = launch(step, NSA_SLOT_BEGIN, grid);

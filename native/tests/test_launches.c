@@ -78,9 +78,9 @@ static void test_a_step(void) {
     CHECK_EQUAL(pointer(0, NSA_VALUE_q), at(query));
     CHECK_EQUAL(number(0, NSA_VALUE_first), 0);
     CHECK_EQUAL(number(0, NSA_VALUE_group), HEADS);
-    CHECK_EQUAL(fake->launches[0].grid[0], HEADS + (SEQ_LEN - 32) / 16 + 1);
+    CHECK_EQUAL(fake->launches[0].grid[0], 1 + (SEQ_LEN - 32) / 16 + 1);
     CHECK_EQUAL(fake->launches[0].grid[1], 1);
-    CHECK_EQUAL(fake->launches[0].grid[2], 2); /* keys, values */
+    CHECK_EQUAL(fake->launches[0].grid[2], 2); /* keys, values; heads, more heads */
     CHECK_EQUAL(pointer(0, NSA_VALUE_k), at(keys));
     CHECK_EQUAL(pointer(0, NSA_VALUE_v), at(values));
     CHECK_EQUAL(pointer(0, NSA_VALUE_k_cmp), pointer(1, NSA_VALUE_k_cmp));
@@ -100,7 +100,7 @@ static void test_a_step(void) {
     clear();
     CHECK_EQUAL(nsa_compute_attention(&ctx, query, keys, values, 31, output, NULL), NSA_OK);
     check_roles(roles, 5);
-    CHECK_EQUAL(fake->launches[0].grid[0], HEADS);
+    CHECK_EQUAL(fake->launches[0].grid[0], 1);
     nsa_free(&ctx);
 }
 
@@ -158,7 +158,7 @@ static void test_incremental(void) {
         compute(&ctx, steps[i].seq_len);
         CHECK_EQUAL(seen[0].kernel->role, NSA_ROLE_stream_begin);
         CHECK_EQUAL(number(0, NSA_VALUE_first), steps[i].first);
-        CHECK_EQUAL(fake->launches[0].grid[0], HEADS + steps[i].blocks);
+        CHECK_EQUAL(fake->launches[0].grid[0], 1 + steps[i].blocks);
     }
     CHECK_EQUAL(nsa_set_compression_weights(&ctx, NULL, NULL), NSA_OK); /* from the first block again */
     compute(&ctx, 200);
@@ -175,7 +175,7 @@ static void test_weights(void) {
     CHECK_EQUAL(nsa_set_compression_weights(&ctx, &linear, &mlp), NSA_OK);
     compute(&ctx, SEQ_LEN);
     CHECK_EQUAL(number(0, NSA_VALUE_gated), 1);
-    CHECK_EQUAL(fake->launches[0].grid[0], HEADS); /* no means */
+    CHECK_EQUAL(fake->launches[0].grid[0], 1); /* no means */
     CHECK_EQUAL(pointer(0, NSA_VALUE_gate_weights), at(weights));
     for (int i = 0; i < 2; i++) {
         CHECK_EQUAL(seen[1 + i].kernel->role, NSA_ROLE_stream_weighted);
@@ -190,7 +190,7 @@ static void test_weights(void) {
     /* One of both: the means first, then what overwrites half of them. */
     CHECK_EQUAL(nsa_set_compression_weights(&ctx, NULL, &linear), NSA_OK);
     compute(&ctx, SEQ_LEN);
-    CHECK_EQUAL(fake->launches[0].grid[0], HEADS + 61);
+    CHECK_EQUAL(fake->launches[0].grid[0], 1 + 61);
     CHECK_EQUAL(seen[1].kernel->role, NSA_ROLE_stream_weighted);
     CHECK_EQUAL(pointer(1, NSA_VALUE_x), at(values));
     CHECK_EQUAL(seen[2].kernel->role, NSA_ROLE_decode_compressed);
@@ -211,6 +211,22 @@ static void test_many_blocks(void) {
     CHECK_EQUAL(pointer(3, NSA_VALUE_chosen), pointer(4, NSA_VALUE_indices));
     CHECK_EQUAL(seen[4].kernel->role, NSA_ROLE_decode_tokens);
     nsa_free(&ctx);
+}
+
+/* 16 heads of a KV head for two programs. */
+static void test_gates_of_many_heads(void) {
+    const int kv_heads[] = {1, 2, 4}, programs[] = {3, 2, 1}; /* for groups of 48, 24 and 12 */
+    for (int i = 0; i < 3; i++) {
+        NSAConfig config = small();
+        config.num_heads = 48;
+        config.num_kv_heads = kv_heads[i];
+        NSAContext ctx;
+        CHECK_EQUAL(nsa_init(&ctx, &config), NSA_OK);
+        compute(&ctx, 20);
+        CHECK_EQUAL(fake->launches[0].grid[0], programs[i]);
+        CHECK_EQUAL(fake->launches[0].grid[1], kv_heads[i]);
+        nsa_free(&ctx);
+    }
 }
 
 /* The rows of a head side by side, for all that write and read them. */
@@ -267,6 +283,7 @@ int main(void) {
     test_incremental();
     test_weights();
     test_many_blocks();
+    test_gates_of_many_heads();
     test_compressed_rows();
     test_more_rows_than_strides_reach();
     return failures != 0;

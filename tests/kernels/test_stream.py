@@ -79,6 +79,21 @@ def test_the_beginning_of_a_step(device: str, dtype: torch.dtype, shape: tuple[i
         check_blocks("values", v_cmp, v, cfg, None)
 
 
+@pytest.mark.parametrize("group", [1, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_gates_of_groups(device: str, kv_heads: int, group: int) -> None:
+    """Of more heads than a program computes the gates of, and of fewer; no head's gates are written over another's."""
+    from nsa.kernels.triton.stream_begin import stream_begin
+
+    shapes = (group * kv_heads, 24), (3, 24), (5, kv_heads, 24)
+    q, weights, k = (draw(i, *shape, dtype=torch.float32, device=device) for i, shape in enumerate(shapes))
+    gates = torch.full((len(q) + 1, 3), float("nan"), device=device)
+    lengths = torch.zeros(1, dtype=torch.int32, device=device)
+    stream_begin(q, weights, gates, lengths, 5, k, k, k, k, 0, 0, 16, 8)
+    check_gates(gates[:-1], lengths, 5, q, weights)
+    assert gates[-1].isnan().all()
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("hidden", [0, 40, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -172,7 +172,7 @@ def _merge(case: Case) -> Iterator[Variant]:
 
 
 def _begin(case: Case) -> Iterator[Variant]:
-    yield Variant(case.dtype, _dims(case) | {"BT": stream_begin.TOKENS} | _dependent(case), 4)
+    yield Variant(case.dtype, _dims(case) | {"BT": stream_begin.TOKENS, "BH": stream_begin.HEADS} | _dependent(case), 4)
 
 
 def _weighted(case: Case) -> Iterator[Variant]:

@@ -18,18 +18,21 @@ from nsa.kernels.triton.dependent import dependents_may_start, launch_options, w
 from nsa.kernels.triton.tile import load_rows, wide
 
 TOKENS = 32  # of a mean that are loaded together: one wait for memory where blocks are no longer
+# Whose gates a program computes. While one of these programs is on a multiprocessor, the compressed branch's, which need more
+# shared memory, may not get onto it: so a step has few of them, or those crowd where the first of these have ended.
+HEADS = 8
 
 
 @triton.jit
-def _gates(q, gate_weights, gates, head, gated, D: tl.constexpr, BD: tl.constexpr):
-    """The three gates of a head."""
+def _gates(q, gate_weights, gates, row, keep, gated, D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
+    """The three gates of each of the ``BH`` heads ``row``."""
     branch, dims = tl.arange(0, 4), tl.arange(0, BD)
-    gate = tl.full([4], 1.0 / 3.0, tl.float32)
+    gate = tl.full([BH, 4], 1.0 / 3.0, tl.float32)
     if gated:
-        x = tl.load(q + head * D + dims, mask=dims < D, other=0.0).to(tl.float32)
+        x = load_rows(q, row * D, dims, keep, D).to(tl.float32)
         w = load_rows(gate_weights, branch * D, dims, branch < 3, D).to(tl.float32)
-        gate = tl.sigmoid(tl.sum(x[None, :] * w, 1))
-    tl.store(gates + head * 3 + branch, gate, mask=branch < 3)
+        gate = tl.sigmoid(tl.sum(x[:, None, :] * w[None, :, :], 2))
+    tl.store(gates + row[:, None] * 3 + branch[None, :], gate, mask=keep[:, None] & (branch < 3)[None, :])
 
 
 @triton.jit
@@ -47,18 +50,20 @@ def _mean(x, out, start, hk, kv_heads, length, BT: tl.constexpr, DIM: tl.constex
 def stream_begin_kernel(
     q, gate_weights, gates, lengths, k, v, k_cmp, v_cmp, stride_kcr, stride_kch, stride_vcr, stride_vch,
     seq_len, gated, first, group, kv_heads, length, stride,
-    D: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DEPENDENT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     dependents_may_start(DEPENDENT)
     wait_for_inputs(DEPENDENT)
     which, hk, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    block = wide(first) + which - group
+    gating = tl.cdiv(group, 2 * BH)  # programs of each side, and of each KV head
+    block = wide(first) + which - gating
     at = block + length // stride - 1
-    if which < group:
-        if side == 0:
-            if which + hk == 0:
-                tl.store(lengths, seq_len)
-            _gates(q, gate_weights, gates, wide(hk) * group + which, gated, D, BD)
+    if which < gating:
+        if which + hk + side == 0:
+            tl.store(lengths, seq_len)
+        head = (2 * which + side) * BH + tl.arange(0, BH)
+        _gates(q, gate_weights, gates, wide(hk) * group + head, head < group, gated, D, BD, BH)
     elif side == 0:
         _mean(k, k_cmp + at * stride_kcr + wide(hk) * stride_kch, block * stride, hk, kv_heads, length, BT, D, BD)
     else:
@@ -77,10 +82,10 @@ def stream_begin(
     (kv_heads, dim), value_dim = k.shape[1:], v.shape[-1]
     group = len(q) // kv_heads
     dependent, options = launch_options(q.device)
-    stream_begin_kernel[(group + stop - first, kv_heads, 2)](
+    stream_begin_kernel[(triton.cdiv(group, 2 * HEADS) + stop - first, kv_heads, 2)](
         q, q if gate_weights is None else gate_weights, gates, lengths, k, v, k_cmp, v_cmp,
         *k_cmp.stride()[:2], *v_cmp.stride()[:2],
         seq_len, int(gate_weights is not None), first, group, kv_heads, length, stride,
-        D=dim, DV=value_dim, BT=TOKENS, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim), DEPENDENT=dependent,
-        num_warps=4, **options,
+        D=dim, DV=value_dim, BT=TOKENS, BH=HEADS, BD=tuning.padded_dim(dim), BDV=tuning.padded_dim(value_dim),
+        DEPENDENT=dependent, num_warps=4, **options,
     )  # fmt: skip
