@@ -361,3 +361,49 @@ def test_the_operators_are_what_their_schemas_say(device: str) -> None:
     for made in (None, [x[:, :0] for x in new[:2]]):
         arguments = (new, made, pools, rings, view.table, store.lengths, limit, overflow, False, *sizes)
         torch.library.opcheck(decode_ops.decode_append, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("branch", ["selected", "compressed"])
+def test_heads_far_apart(device: str, branch: str) -> None:
+    """A contiguous cache of 8 million tokens has its third head 2^31 numbers after the first."""
+    from nsa import decode_tuning
+    from nsa.kernels.triton.decode_compressed import decode_compressed
+    from nsa.kernels.triton.decode_tokens import decode_tokens
+
+    apart, tokens, dim, heads = 2**30, 48, 16, 3
+    cfg = nsa.NSAConfig(
+        head_dim=dim, num_heads=heads, num_kv_heads=heads, block_length=16, block_stride=16, selection_block_size=16,
+        num_selected_blocks=3, window_size=16,
+    )  # fmt: skip
+    try:
+        room = torch.empty(2 * apart + tokens * dim, dtype=torch.float16, device=device)
+    except (RuntimeError, MemoryError):
+        pytest.skip("there is no room for so much")
+    far = room.as_strided((1, tokens, heads, dim), (0, dim, apart, 1))
+    far.copy_(torch.randn(1, tokens, heads, dim, generator=torch.Generator().manual_seed(0)))
+    q = torch.randn(1, 1, heads, dim, generator=torch.Generator().manual_seed(1)).to(device, torch.float16)
+    number = lambda *x: torch.tensor(x, dtype=torch.int32, device=device)
+    lengths, table = number(tokens), number(0).view(1, 1)
+    arch = tuning.arch(q.device)
+
+    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+        o, lse = q.new_zeros(1, 1, heads, 2, dim, dtype=torch.float32), q.new_zeros(1, 1, heads, 2, dtype=torch.float32)
+        tile = decode_tuning.tile(cfg, 1, q.dtype, arch)
+        if branch == "selected":
+            splits = decode_tuning.TokenSplits(3, 1, 1)
+            ring = x[:, :16].contiguous()
+            indices = number(0, 1, 2).expand(1, 1, heads, 3).contiguous()
+            decode_tokens(
+                q, x, x, ring, ring, indices, table, lengths, o, lse, 0, splits, tile, False, 16, 16, cfg.softmax_scale
+            )  # fmt: skip
+        else:
+            cells = decode_tuning.cells(cfg, 16 * tokens, tile.block_n)
+            kept = tuple(q.new_zeros(1, 1, heads, cells.tiles * n, dtype=torch.float32) for n in (cells.per_tile, 1, 1))
+            decode_compressed(
+                q, x, x, table, lengths * 16, o, lse, kept, 2, tile, cells, False, 16, 16, 16, cfg.softmax_scale
+            )  # fmt: skip
+        return o, lse
+
+    for mine, other in zip(parts(far), parts(far.contiguous())):
+        assert torch.equal(mine, other)
+        assert mine.any()

@@ -74,7 +74,7 @@ def decode_compressed_kernel(
     wait_for_inputs(DEPENDENT)
     dependents_may_start(DEPENDENT)
     part, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, hk = pair // kv_heads, pair % kv_heads
+    batch, hk = pair // kv_heads, wide(pair % kv_heads)
     number = tile * BM + tl.arange(0, BM)  # of a query row among those of this KV head: query by query, head by head
     keep = number < queries * group
     query = number // group

@@ -49,7 +49,7 @@ def decode_tokens_kernel(
     dependents_may_start(DEPENDENT)
     which, head_tile = tl.program_id(0), tl.program_id(1)
     part = tl.num_programs(2) - 1 - tl.program_id(2)  # the window's parts are the last
-    hk, number = which % kv_heads, which // kv_heads  # number: batch * queries + query
+    hk, number = wide(which % kv_heads), which // kv_heads  # number: batch * queries + query
     batch, query = number // queries, number % queries
     head = head_tile * BM + tl.arange(0, BM)
     keep_row = head < group
