@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 DEFAULT_CONFIGS = 320
+KEPT = 1 << 30  # bytes
+
+
+@pytest.fixture(autouse=True)
+def shared_memory() -> Iterator[None]:
+    """Many workers share a GPU: what a large test leaves to its worker's allocator goes back."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT:
+        torch.cuda.empty_cache()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
