@@ -36,7 +36,7 @@ def test_within_1e_5_of_equation_9(device: str, dtype: torch.dtype, length: int,
     tile = importance(16, dtype, arch(q.device)).block_m
     tiles = where.query_tiles(tile)
     got = torch.full((tiles.count * tile, 2, want.shape[-1]), float("nan"), device=device)
-    told = (where, tiles, 0, tiles.count, length, stride, size, cfg.softmax_scale)
+    told = (where, tiles, 0, tiles.count, want.shape[-1], length, stride, size, cfg.softmax_scale)
     block_importance(q, k, lse.float(), got, *told)
     got = got[:QUERIES].permute(1, 0, 2)[None].double()
     own = torch.arange(TOKENS - QUERIES, TOKENS, device=device) // size

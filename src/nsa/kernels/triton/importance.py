@@ -106,10 +106,11 @@ def importance_kernel(
 
 
 def block_importance(
-    q: Tensor, k: Tensor, lse: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile0: int, count: int,
+    q: Tensor, k: Tensor, lse: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile0: int, count: int, seen: int,
     length: int, stride: int, size: int, softmax_scale: float, early: bool = False,
 ) -> None:  # fmt: skip
-    """P of ``count`` tiles of queries from ``tile0`` on into out fp32 ``[count * BM, HK, blocks]``.
+    """P of ``count`` tiles of queries from ``tile0`` on, which see ``seen`` blocks at most, into out fp32
+    ``[count * BM, HK, blocks]``.
 
     q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``. Blocks past a query's own are left as they are. ``early``:
     the launch before lets this one start as it does itself, and shares no memory with it.
@@ -121,7 +122,7 @@ def block_importance(
     blocks_a_tile = tune.block_n // sub
     registers = tuning.importance_registers(dim, q.dtype, per, tuning.arch(q.device))
     options = ({"maxnreg": registers} if registers else {}) | ({"launch_pdl": True} if early else {})
-    importance_kernel[(triton.cdiv(blocks, blocks_a_tile - 1), count, kv_heads)](
+    importance_kernel[(triton.cdiv(seen, blocks_a_tile - 1), count, kv_heads)](
         direct_descriptor(q, tune.block_m), k, lse, out, *k.stride()[:3], lse.stride(0), lse.stride(2), lse.stride(1),
         tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,

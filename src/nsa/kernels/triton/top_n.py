@@ -196,12 +196,12 @@ def select_blocks(
     halves = torch.empty(2 if beside else 1, room, kv_heads, blocks, dtype=torch.float32, device=q.device)
     for i, tile0 in enumerate(range(0, tiles.count, step)):
         count, space = min(step, tiles.count - tile0), halves[i % len(halves)]
-        early = beside and i > 0
-        block_importance(q, k, lse, space, spans, tiles, tile0, count, length, stride, size, softmax_scale, early)
-        # The queries of one sequence see no block past their last: the first chunks rank fewer.
+        # The queries of one sequence see no block past their last: fewer in the first chunks.
         alone = spans.table is None and spans.num_seqs == 1
-        ranked = min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1) if alone else blocks
-        _top_n(space, out, spans, tiles, tile, tile0, count, ranked, size, n, num_initial, num_local, beside)
+        seen = max(0, min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1)) if alone else blocks
+        early = beside and i > 0
+        block_importance(q, k, lse, space, spans, tiles, tile0, count, seen, length, stride, size, softmax_scale, early)
+        _top_n(space, out, spans, tiles, tile, tile0, count, seen, size, n, num_initial, num_local, beside)
     return out
 
 
