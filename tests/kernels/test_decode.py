@@ -228,7 +228,7 @@ def test_ties_among_all_that_a_program_ranks(device: str) -> None:
     make = lambda *shape: torch.zeros(1, 1, 1, *shape, device=device)
     kept = make(tile.tiles * tile.per_tile), make(tile.tiles), make(tile.tiles)
     indices, lengths = make(5).int(), torch.full((1,), 2 * blocks, dtype=torch.int32, device=device)
-    decode_select(kept, make(1), lengths, make(blocks), indices, 1, tile, 2, 2, 2, 1, 1)
+    decode_select(kept, make(1), lengths, make(blocks), indices, 1, tile, 2, 2, 2, 1, 1, True)
     assert indices.flatten().tolist() == [0, 1, 2, 3, blocks - 1]
 
 
@@ -285,12 +285,18 @@ def test_a_selection_block_in_which_more_blocks_start_than_a_tile_holds(device: 
 
 
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize(("splits", "block_n"), [(1, 32), (3, 16)])
-def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: int, block_n: int) -> None:
-    """Block by block: what a top-n lets through could hide a wrong weight, or a part's lse that is missing."""
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("splits", "block_n", "looked_at"), [(1, 32, 2048), (3, 16, 16)])
+def test_importance_within_1e_5_of_equation_9(
+    device: str, number: int, splits: int, block_n: int, looked_at: int, alone: bool
+) -> None:
+    """Block by block: what a top-n lets through could hide a wrong weight, or a part's lse that is missing.
+
+    All heads at once, or one after another.
+    """
     from nsa.decode_tuning import cells
+    from nsa.kernels.triton import decode_select
     from nsa.kernels.triton.decode_compressed import decode_compressed
-    from nsa.kernels.triton.decode_select import decode_select
 
     filled = Filled(number, device, kernels=False)
     cfg, view, queries = filled.cfg, filled.cache.view(), min(2, *filled.cache.lengths)
@@ -306,7 +312,10 @@ def test_importance_within_1e_5_of_equation_9(device: str, number: int, splits: 
         not view.contiguous, *sizes, cfg.softmax_scale,
     )  # fmt: skip
     indices = torch.empty(len(q), queries, cfg.num_kv_heads, cfg.num_selected_blocks, dtype=torch.int32, device=device)
-    decode_select(kept, lse, view.lengths, got, indices, splits, tile, *sizes, cfg.num_initial_blocks, cfg.num_local_blocks)
+    with mock.patch.object(decode_select, "TILE", looked_at):
+        decode_select.decode_select(
+            kept, lse, view.lengths, got, indices, splits, tile, *sizes, cfg.num_initial_blocks, cfg.num_local_blocks, alone
+        )  # fmt: skip
     k_cmp, v_cmp = (x.double().nan_to_num() for x in view.compressed())
     for b, length in enumerate(view.host_lengths):
         mine, k, v = q[b : b + 1].double(), k_cmp[b : b + 1], v_cmp[b : b + 1]

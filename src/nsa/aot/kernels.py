@@ -156,7 +156,7 @@ def _choose(case: Case) -> Iterator[Variant]:
         for cell in _cells(case):
             for splits in SPLITS:
                 sizes = {"BC": case.tile(1).block_n // cell, "BG": max(1, TILE // width), "BP": splits, "BJ": width}
-                yield Variant("any", sizes | {"BN": n, "GROUPS": n} | _dependent(case), warps)
+                yield Variant("any", sizes | {"BN": n, "GROUPS": n, "AHEAD": 1} | _dependent(case), warps)
 
 
 def _choose_again(case: Case) -> Iterator[Variant]:

@@ -63,7 +63,7 @@ def decode(
     def select(b: slice) -> None:
         decode_select(
             tuple(x[b] for x in kept), part_lse[b], lengths[b], importance[b], indices[b], splits, cells, *sizes,
-            cfg.num_initial_blocks, cfg.num_local_blocks,
+            cfg.num_initial_blocks, cfg.num_local_blocks, slices == 1,
         )  # fmt: skip
 
     def tokens(b: slice) -> None:

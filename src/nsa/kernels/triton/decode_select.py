@@ -32,47 +32,78 @@ def own_block(pos, size):
 
 
 @triton.jit
-def _tile_weights(x, peaks, row, t, row_lse, inside, tiles):
-    """``x [.., tiles]``, or 1, of heads ``row`` and tiles ``t`` as probabilities ``[rows, len(t)]``; 0 where not ``inside``."""
-    at = row[:, None] * tiles + t[None, :]
-    factor = tl.exp2(tl.load(peaks + at, mask=inside, other=float("-inf")) - row_lse[:, None])
-    return factor if x is None else factor * tl.load(x + at, mask=inside, other=0.0)
+def _load_kept(
+    weights, edges, peaks, lse, first_row, turn, u, count, group, parts, splits, tiles, cells,
+    BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """What was kept of ``BG`` heads and a cell of each selection block, in one turn: the lse of all parts, the weights with the
+    maximum that they refer to, and the same of what the tile before hands on. No load waits for another."""
+    part, cell = tl.arange(0, BP), tl.arange(0, BC)
+    head = turn // cells * BG + tl.arange(0, BG)
+    row = first_row + head
+    t = u * cells + turn % cells
+    before = t - cells
+    keep = (head < group)[:, None]
+    inside = keep & (t < count)[None, :]
+    handed = keep & ((before >= 0) & (before < count))[None, :]
+    at, at_before = row[:, None] * tiles + t[None, :], row[:, None] * tiles + before[None, :]
+    each = tl.load(lse + row[:, None] * parts + part[None, :], mask=keep & (part < splits)[None, :], other=float("-inf"))
+    x = tl.load(weights + at[:, :, None] * BC + cell[None, None, :], mask=inside[:, :, None], other=0.0)  # [BG, NT, BC]
+    peak = tl.load(peaks + at, mask=inside, other=float("-inf"))
+    edge = tl.load(edges + at_before, mask=handed, other=0.0)
+    edge_peak = tl.load(peaks + at_before, mask=handed, other=float("-inf"))
+    return each, x, peak, edge, edge_peak
 
 
 @triton.jit
 def _importance(
     weights, edges, peaks, lse, first_row, stop, u0, group, parts, splits, tiles,
-    per_block, cells, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
+    per_block, cells, BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """P of ``BJ`` selection blocks from ``u0 * BC`` on to the ``group`` heads from ``first_row`` on: fp32 ``[BJ]``.
 
-    ``stop`` compressed blocks are kept, in tiles of ``BC`` selection blocks, or of one of the ``cells`` of one.
+    ``stop`` compressed blocks are kept, in tiles of ``BC`` selection blocks, or of one of the ``cells`` of one. With ``AHEAD``
+    1 rather than 0 a turn's loads come before the turn before it: that hides memory's time, and takes more registers.
     """
     NT: tl.constexpr = BJ // BC
-    part, cell = tl.arange(0, BP), tl.arange(0, BC)
+    cell = tl.arange(0, BC)
     u = u0 + tl.arange(0, NT)
     count = tl.cdiv(tl.cdiv(stop, per_block) * cells, BC)
     total = tl.zeros([NT, BC], tl.float32)
-    edge = tl.zeros([NT], tl.float32)
-    for g in tl.range(0, group, BG):
-        keep = g + tl.arange(0, BG) < group
-        row = first_row + g + tl.arange(0, BG)
-        each = tl.load(
-            lse + row[:, None] * parts + part[None, :], mask=keep[:, None] & (part < splits)[None, :], other=float("-inf")
+    handed = tl.zeros([NT], tl.float32)
+    if AHEAD:
+        each, x, peak, edge, edge_peak = _load_kept(
+            weights, edges, peaks, lse, first_row, 0, u, count, group, parts, splits, tiles, cells, BC, BG, BP
         )
+    for turn in tl.range(0, tl.cdiv(group, BG) * cells):
+        following = _load_kept(
+            weights,
+            edges,
+            peaks,
+            lse,
+            first_row,
+            turn + (1 if AHEAD else 0),
+            u,
+            count,
+            group,
+            parts,
+            splits,
+            tiles,
+            cells,
+            BC,
+            BG,
+            BP,
+        )
+        if not AHEAD:
+            each, x, peak, edge, edge_peak = following
         each *= LOG2E  # [BG, BP]
         most = tl.maximum(tl.max(each, 1), -1.0e30)
-        row_lse = most + tl.log2(tl.maximum(tl.sum(tl.exp2(each - most[:, None]), 1), 1.0e-30))
-        for i in tl.range(0, cells):
-            t = u * cells + i
-            inside = keep[:, None] & (t < count)[None, :]
-            at = (row[:, None] * tiles + t[None, :])[:, :, None] * BC + cell[None, None, :]
-            x = tl.load(weights + at, mask=inside[:, :, None], other=0.0)  # [BG, NT, BC]
-            total += tl.sum(x * _tile_weights(None, peaks, row, t, row_lse, inside, tiles)[:, :, None], 0)
-            before = t - cells
-            inside = keep[:, None] & ((before >= 0) & (before < count))[None, :]
-            edge += tl.sum(_tile_weights(edges, peaks, row, before, row_lse, inside, tiles), 0)
-    return tl.reshape(total + tl.where(cell[None, :] == 0, edge[:, None], 0.0), [BJ])
+        row_lse = (most + tl.log2(tl.maximum(tl.sum(tl.exp2(each - most[:, None]), 1), 1.0e-30)))[:, None]
+        total += tl.sum(x * tl.exp2(peak - row_lse)[:, :, None], 0)
+        handed += tl.sum(edge * tl.exp2(edge_peak - row_lse), 0)
+        if AHEAD:
+            each, x, peak, edge, edge_peak = following
+    return tl.reshape(total + tl.where(cell[None, :] == 0, handed[:, None], 0.0), [BJ])
 
 
 @triton.jit(
@@ -97,7 +128,7 @@ def decode_choose_kernel(
     weights, edges, peaks, lse, lengths, importance, out, queries, heads, group, kv_heads, parts, splits, tiles, length, stride,
     size, cells, selection, n, num_initial, num_local,
     BC: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, GROUPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     dependents_may_start(DEPENDENT)  # not before: the window's programs should read while this one computes
@@ -112,7 +143,24 @@ def decode_choose_kernel(
         stop = end_seen(tokens - 1, length, stride, tiles * BC // cells * per_block)
         row = wide(number) * heads + hk * group
         p = _importance(
-            weights, edges, peaks, lse, row, stop, first // BC, group, parts, splits, tiles, per_block, cells, BC, BG, BP, BJ
+            weights,
+            edges,
+            peaks,
+            lse,
+            row,
+            stop,
+            first // BC,
+            group,
+            parts,
+            splits,
+            tiles,
+            per_block,
+            cells,
+            BC,
+            BG,
+            BP,
+            BJ,
+            AHEAD,
         )
         j = first + tl.arange(0, BJ)
         tl.store(importance + wide(which) * selection + j, p, mask=j < selection)
@@ -152,11 +200,12 @@ def decode_choose_again_kernel(
 
 def decode_select(
     kept: tuple[Tensor, ...], lse: Tensor, lengths: Tensor, importance: Tensor, out: Tensor, splits: int, cells: Cells,
-    length: int, stride: int, size: int, num_initial: int, num_local: int,
+    length: int, stride: int, size: int, num_initial: int, num_local: int, alone: bool,
 ) -> None:  # fmt: skip
     """P into importance fp32 ``[B, TQ, HK, M]``, and the blocks of every query into out int32 ``[B, TQ, HK, n]``.
 
-    kept: what ``decode_compressed`` kept; the first ``splits`` of lse fp32 ``[B, TQ, HQ, parts]`` are its softmax's.
+    kept: what ``decode_compressed`` kept; the first ``splits`` of lse fp32 ``[B, TQ, HQ, parts]`` are its softmax's. ``alone``:
+    nothing else runs meanwhile that could take the multiprocessors' registers.
     """
     batch, queries, heads, parts = lse.shape
     kv_heads, selection = importance.shape[2:]
@@ -170,7 +219,7 @@ def decode_select(
         *kept, lse, lengths, importance, chosen, queries, heads, group, kv_heads, parts, splits, cells.tiles, length, stride,
         size, cells.per_block, selection, n, num_initial, num_local, BC=cells.per_tile, BJ=width,
         BG=max(1, min(TILE // width, triton.next_power_of_2(group))), BP=triton.next_power_of_2(splits),
-        num_warps=warps, **UNFUSED, **told,
+        AHEAD=int(alone), num_warps=warps, **UNFUSED, **told,
     )  # fmt: skip
     while chunks > 1:
         count = chunks * n
