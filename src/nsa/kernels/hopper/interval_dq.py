@@ -102,11 +102,11 @@ def _gradients(count, where, shape, scale, softmax_scale, shift, delta, dq_desc,
     """Warpgroup ``C``: rows ``64 * C ..`` of every tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    READ: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     heads, group, length, stride, window = shape
     q_buf, g_buf, k_buf, v_buf, out_buf = buffers
     q_full, q_empty, kv_full, kv_empty, blanked = bars
     stride_db, stride_dt, stride_dh, stride_lb, stride_lh = strides
-    qt, gt = q_buf.index(C).reshape([ROWS, D]), g_buf.index(C).reshape([ROWS, DV])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     used = 0
     turn = 0
@@ -123,6 +123,8 @@ def _gradients(count, where, shape, scale, softmax_scale, shift, delta, dq_desc,
         row_delta = gl.load(delta + stat, mask=keep, other=0.0)
         acc = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
         mbarrier.wait(q_full.index(0), turn & 1)
+        qt, gt = q_buf.index(C).reshape([ROWS, D]).load(READ), g_buf.index(C).reshape([ROWS, DV]).load(READ)
+        mbarrier.arrive(q_empty.index(0), count=1)
         if RAGGED:
             end = k_len - (high - 1) * BN
             if end < BN:  # each warpgroup its share; neither reads before both are done
@@ -146,7 +148,6 @@ def _gradients(count, where, shape, scale, softmax_scale, shift, delta, dq_desc,
                 acc = _step(mid0 - 1 - i, used, acc, qt, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
                             True, BN, D, DV, STAGES, S_LAYOUT)  # fmt: skip
                 used += 1
-        mbarrier.arrive(q_empty.index(0), count=1)
         its_shift = gl.expand_dims(gl.convert_layout(row_shift, gl.SliceLayout(1, Q_LAYOUT), assert_trivial=True), 1)
         acc = gated(acc * softmax_scale, its_shift)
         first = C * (ROWS // HEADS)

@@ -127,6 +127,7 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     heads, group, length, stride, window = shape
     q_buf, k_buf, v_buf = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, blanked = bars
@@ -142,8 +143,9 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
         pos = offset + start + query
         lo, hi = first_seen(pos, window, WINDOWED), end_seen(pos, length, stride, k_len)
         side = turn % SIDES
-        qt = q_buf.index(side * GROUPS + C).reshape([ROWS, D])
         mbarrier.wait(q_full.index(side), phase(turn, SIDES))
+        qt = q_buf.index(side * GROUPS + C).reshape([ROWS, D]).load(Q_LAYOUT)
+        mbarrier.arrive(q_empty.index(side), count=1)
         # The last tile: nothing to accumulate yet.
         slot = used % STAGES
         mbarrier.wait(k_full.index(slot), phase(used, STAGES))
@@ -180,7 +182,6 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
                 pt, acc, m, l = _step(mid0 - 1 - i, low, qt, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
                                       True, BN, D, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
                 used += 1
-        mbarrier.arrive(q_empty.index(side), count=1)
         slot = (used - 1) % STAGES
         mbarrier.wait(v_full.index(slot), phase(used - 1, STAGES))
         acc = warpgroup_mma(pt, v_buf.index(slot).reshape([BN, DV]), acc, is_async=True)
