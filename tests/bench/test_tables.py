@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from nsa.bench import long, training
+from nsa.bench import long, tables_command, training
 from nsa.bench.__main__ import app
 from nsa.bench.ahead import compile_ahead, touch_case, touch_model
 from nsa.bench.cases import Case
@@ -242,6 +242,20 @@ def test_a_wrong_part_ends_the_run_without_a_speed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_interrupted_run_keeps_the_parts_that_had_ended(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tables_command, "measure_long", interrupted)
+    result = bench("--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert "interrupted" in result.output
+    (table,) = tmp_path.glob("*.csv")
+    rows = read_rows(table)
+    assert {r.length for r in rows} == {*TABLE.lengths, TABLE.others_length, TABLE.long_both}
+    assert not any(r.step == training.TRAINING_STEP or r.chunk for r in rows)
+
+
 def test_shapes_are_compiled_ahead_in_processes_and_failures_forgotten(tmp_path):
     case = Case(128, "random", TABLE.shape, torch.bfloat16, CPU)
     done = tmp_path / "done"

@@ -42,11 +42,14 @@ def tables(
     place = _place(console, device)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    with ending_if_wrong(console), current(place):
-        for name, part in _parts(console, TABLES[place.type], place, seed):
-            began = time.monotonic()
-            rows += part()
-            console.print(f"[{name}: {time.monotonic() - began:.0f} s]", highlight=False, markup=False)
+    try:
+        with ending_if_wrong(console), current(place):
+            for name, part in _parts(console, TABLES[place.type], place, seed):
+                began = time.monotonic()
+                rows += part()
+                console.print(f"[{name}: {time.monotonic() - began:.0f} s]", highlight=False, markup=False)
+    except KeyboardInterrupt:
+        console.print("interrupted: what follows are the parts that had ended")
     require_some(rows)
     print_machine(console, rows[0])
     print_steps(console, rows)
