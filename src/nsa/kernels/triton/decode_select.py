@@ -77,22 +77,7 @@ def _importance(
         )
     for turn in tl.range(0, tl.cdiv(group, BG) * cells):
         following = _load_kept(
-            weights,
-            edges,
-            peaks,
-            lse,
-            first_row,
-            turn + (1 if AHEAD else 0),
-            u,
-            count,
-            group,
-            parts,
-            splits,
-            tiles,
-            cells,
-            BC,
-            BG,
-            BP,
+            weights, edges, peaks, lse, first_row, turn + AHEAD, u, count, group, parts, splits, tiles, cells, BC, BG, BP
         )
         if not AHEAD:
             each, x, peak, edge, edge_peak = following
@@ -143,25 +128,9 @@ def decode_choose_kernel(
         stop = end_seen(tokens - 1, length, stride, tiles * BC // cells * per_block)
         row = wide(number) * heads + hk * group
         p = _importance(
-            weights,
-            edges,
-            peaks,
-            lse,
-            row,
-            stop,
-            first // BC,
-            group,
-            parts,
-            splits,
-            tiles,
-            per_block,
-            cells,
-            BC,
-            BG,
-            BP,
-            BJ,
-            AHEAD,
-        )
+            weights, edges, peaks, lse, row, stop, first // BC, group, parts, splits, tiles, per_block, cells,
+            BC, BG, BP, BJ, AHEAD,
+        )  # fmt: skip
         j = first + tl.arange(0, BJ)
         tl.store(importance + wide(which) * selection + j, p, mask=j < selection)
         own = last + tl.zeros([1], tl.int32)
