@@ -4,7 +4,6 @@ and its twin's. How it is compiled and kept, ``test_cuda_selected.py`` tests."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,34 +19,35 @@ from nsa.layout import SeqInfo
 from nsa.ops.steps import selected_backward_op
 from tests import naive
 from tests.kernels.draws import guarded_inputs
-from tests.kernels.test_cuda_selected import CASES, CFG, DTYPES, GROUPS, LARGE, OTHERS, big, counted, odd_sets, of_shape, twin
+from tests.kernels.test_cuda_selected import (
+    CASES,
+    CFG,
+    DTYPES,
+    GROUPS,
+    LARGE,
+    OTHERS,
+    PLACES,
+    big,
+    counted,
+    odd_sets,
+    of_shape,
+    on_hopper,
+    twin,
+)
 from tests.steps import gradients, steps
 from tests.tolerance import assert_within_2x
 
 SCALE = CFG.softmax_scale
 
 
-@pytest.mark.parametrize(
-    ("place", "group", "loads", "runs"),
-    [
-        ("cuda", 16, True, "cuda"),
-        ("cuda", 16, False, "triton"),
-        ("cuda", 1, True, "cuda"),
-        ("cuda", 8, False, "triton"),
-        ("cuda", 12, True, "triton"),
-        ("cpu", 16, True, "triton"),
-    ],
-)
-def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = lambda heads: SimpleNamespace(shape=(1, 99, heads, 128), dtype=torch.bfloat16, device=torch.device(place, 0))
-    monkeypatch.setattr(launch.tuning, "arch", lambda _: 90)
-    monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
+@PLACES
+def test_which_twin_runs(place: str, group: int, loads: bool, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = on_hopper(kernels, place, group, loads, monkeypatch)
     monkeypatch.setattr(launch.hopper, "gathers", lambda *_: False)
-    monkeypatch.setattr(launch, "union_lists", lambda *_: None)
-    monkeypatch.setattr(kernels, "program", lambda _, *asked: object() if loads and asked == (group, 128, 0) else None)
     monkeypatch.setattr(kernels, "selected_dq", lambda *_: "cuda")
     monkeypatch.setattr(portable, "selected_dq", lambda *_: "triton")
     monkeypatch.setattr(portable, "selected_dkv", lambda *_: ("dk", "dv"))
+    runs = "cuda" if taken else "triton"
     indices = torch.zeros(1, 99, 2, 16, dtype=torch.int32)
     call = lambda *need: launch.selected_backward(
         fake(2 * group), fake(2), fake(2), fake(2 * group), None, None, indices, None, 64, 0.1, need, "what is there"

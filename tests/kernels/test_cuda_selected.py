@@ -190,29 +190,39 @@ def test_says_why_its_twin_runs(name: str, fails: str, monkeypatch: pytest.Monke
     assert warned[0].filename == __file__
 
 
-@pytest.mark.parametrize(
-    ("place", "group", "loads", "runs"),
+# Where a call's tensors are, the heads of a group, whether the program loads, and whether it runs.
+PLACES = pytest.mark.parametrize(
+    ("place", "group", "loads", "taken"),
     [
-        ("cuda", 16, True, "cuda"),
-        ("cuda", 16, False, "gluon"),
-        ("cuda", 1, True, "cuda"),
-        ("cuda", 8, False, "gluon"),
-        ("cuda", 12, True, "gluon"),
-        ("cpu", 16, True, "gluon"),
+        ("cuda", 16, True, True),
+        ("cuda", 16, False, False),
+        ("cuda", 1, True, True),
+        ("cuda", 8, False, False),
+        ("cuda", 12, True, False),
+        ("cpu", 16, True, False),
     ],
 )
-def test_which_twin_runs(place: str, group: int, loads: bool, runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa.kernels.hopper import selected_forward as gluon
 
-    fake = lambda heads: SimpleNamespace(shape=(1, 99, heads, 128), dtype=torch.bfloat16, device=torch.device(place, 0))
+
+def on_hopper(launcher: Any, place: str, group: int, loads: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """As if there were one: makes what stands for a tensor of so many heads, which a launch only asks for its like."""
     monkeypatch.setattr(launch.tuning, "arch", lambda _: 90)
     monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
     monkeypatch.setattr(launch, "union_lists", lambda *_: SimpleNamespace(queries=4))
-    monkeypatch.setattr(kernels, "program", lambda _, *asked: object() if loads and asked == (group, 128, 0) else None)
+    monkeypatch.setattr(launcher, "program", lambda _, *asked: object() if loads and asked == (group, 128, 0) else None)
+    return lambda heads: SimpleNamespace(shape=(1, 99, heads, 128), dtype=torch.bfloat16, device=torch.device(place, 0))
+
+
+@PLACES
+def test_which_twin_runs(place: str, group: int, loads: bool, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa.kernels.hopper import selected_forward as gluon
+
+    fake = on_hopper(kernels, place, group, loads, monkeypatch)
     monkeypatch.setattr(kernels, "selected_forward", lambda *_: ("cuda", None, None))
     monkeypatch.setattr(gluon, "selected_forward", lambda *_: ("gluon", None, None))
     indices = torch.zeros(1, 99, 2, 16, dtype=torch.int32)
-    assert launch.selected_forward(fake(2 * group), fake(2), fake(2), indices, None, 64, 0.1)[0] == runs
+    ran = launch.selected_forward(fake(2 * group), fake(2), fake(2), indices, None, 64, 0.1)[0]
+    assert ran == ("cuda" if taken else "gluon")
 
 
 # On a GPU.
