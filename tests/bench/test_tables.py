@@ -248,7 +248,7 @@ def test_an_interrupted_run_keeps_the_parts_that_had_ended(tmp_path, monkeypatch
 
     monkeypatch.setattr(tables_command, "measure_long", interrupted)
     result = bench("--device", "cpu", "--out", tmp_path)
-    assert result.exit_code == 0
+    assert result.exit_code == tables_command.INTERRUPTED
     assert "interrupted" in result.output
     (table,) = tmp_path.glob("*.csv")
     rows = read_rows(table)

@@ -25,6 +25,8 @@ from nsa.bench.summary import print_summary
 from nsa.bench.tables import DTYPE, TABLES, Tables
 from nsa.bench.training import TRAINING_STEP, measure_training
 
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
 
 def tables(
     out: Annotated[Path, typer.Option(help="Folder for the CSV and its picture.")] = Path("benchmarks/results"),
@@ -42,6 +44,7 @@ def tables(
     place = _place(console, device)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    interrupted = False
     try:
         with ending_if_wrong(console), current(place):
             for name, part in _parts(console, TABLES[place.type], place, seed):
@@ -49,12 +52,15 @@ def tables(
                 rows += part()
                 console.print(f"[{name}: {time.monotonic() - began:.0f} s]", highlight=False, markup=False)
     except KeyboardInterrupt:
-        console.print("interrupted: what follows are the parts that had ended")
+        interrupted = True
+        console.print("interrupted: what follows, if anything, are the parts that had ended")
     require_some(rows)
     print_machine(console, rows[0])
     print_steps(console, rows)
     print_summary(console, rows)
     save(console, rows, out, start)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _parts(
