@@ -214,6 +214,25 @@ def test_importance_in_many_chunks(device: str, layout: str, monkeypatch: pytest
             assert torch.equal(nsa.select_blocks(q, k, lse, cfg, **told, backend="triton"), want)
 
 
+def test_blocks_that_no_query_of_a_chunk_sees_are_left_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one sequence; of two, each query's blocks are the same, and none are left out."""
+    from nsa.kernels.triton import top_n
+
+    tokens = 300
+    cfg = nsa.NSAConfig(
+        head_dim=16, num_heads=2, num_kv_heads=1, block_length=2, block_stride=1, selection_block_size=6, num_selected_blocks=5,
+        num_initial_blocks=1, num_local_blocks=1, window_size=9,
+    )  # fmt: skip
+    draws = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, rows, heads, 16, generator=draws).to(device) for rows, heads in ((tokens, 2), (tokens - 1, 1)))
+    choose = lambda q, k: nsa.select_blocks(
+        q, k, nsa.compressed_attention(q, k, k, cfg, backend="triton")[1], cfg, backend="triton"
+    )
+    want = choose(torch.cat([q, q]), torch.cat([k, k]))[:1]
+    monkeypatch.setattr(top_n, "WORKSPACE", 1)  # a tile of queries at a time
+    assert torch.equal(choose(q, k), want)
+
+
 @pytest.mark.gpu
 def test_importance_in_many_chunks_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of a graph wait only for what they are told to wait for: replayed back to back over inputs that change."""
