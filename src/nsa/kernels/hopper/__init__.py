@@ -6,6 +6,7 @@ import torch
 import triton
 
 OLDEST = (3, 6)  # Triton whose Gluon these kernels are written in
+HEAD_DIMS = {(64, 64), (64, 128), (128, 64), (128, 128), (192, 128)}  # of keys and of values
 
 
 def supports(dtype: torch.dtype, dim: int, value_dim: int, arch: int) -> str | None:
@@ -16,8 +17,8 @@ def supports(dtype: torch.dtype, dim: int, value_dim: int, arch: int) -> str | N
         return f"they need Triton {OLDEST[0]}.{OLDEST[1]}, got {triton.__version__}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"they compute in fp16 and bf16, got {dtype}"
-    if dim not in (64, 128) or value_dim not in (64, 128):
-        return f"they hold head dims of 64 and 128, got {dim} and {value_dim}"
+    if (dim, value_dim) not in HEAD_DIMS:
+        return f"they hold head dims of 64 and 128, and 192 with values of 128, got {dim} and {value_dim}"
     return None
 
 
