@@ -38,6 +38,11 @@ def padded_dim(dim: int) -> int:
     return max(64, padded(dim))
 
 
+def dim_pieces(dim: int) -> tuple[int, int]:
+    """Columns and count of the pieces in which a kernel that takes products piece by piece holds a head dimension."""
+    return (64, 3) if 128 < dim <= 192 else (padded_dim(dim), 1)
+
+
 def arch(device: torch.device) -> int:
     """Compute capability of ``device`` as in 90, or 0 where it has none."""
     if device.type != "cuda" or torch.version.hip:
@@ -194,8 +199,10 @@ def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
     wide = padded_dim(dim) > 128
     if dtype == torch.float32:
         tile = Tile(32, 32, 4, 1) if wide else Tile(32, 64, 4, 1)
-    elif wide or not _hopper(arch):
+    elif (wide and dim > 192) or not _hopper(arch):
         tile = Tile(64, 64, 4, 2)
+    elif wide:
+        tile = Tile(64, 128, 4, 2)
     else:
         # Without the top-n, on 2026-11-25, with ``importance_registers``: 5.21 ms (3 stages: 5.66; neither: 5.86). Before, of 3
         # stages: 5.1 to 5.5 ms (128 queries: 7.3; 64 blocks: 6.2; 256: 7.7).
@@ -213,6 +220,11 @@ def importance_registers(dim: int, dtype: torch.dtype, starting: int, arch: int)
     # 5.21 ms (without: 5.74), with Triton 3.6, which takes 156 (155). Where one or two start, sums over selection blocks are as
     # wide as the tile or half of it; more than 64 take a second pass, over which the sums are held. 160 are too few for either.
     return 160 if 2 < starting <= 64 else None
+
+
+def importance_mix(dtype: torch.dtype, arch: int) -> int:
+    """Of how many exponentials one is taken by multiply-adds; 0: none."""
+    return 4 if arch == 90 and dtype != torch.float32 else 0
 
 
 # Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.

@@ -13,22 +13,33 @@ from torch import Tensor
 
 from nsa import decode_tuning, tuning
 from nsa.kernels.triton.dependent import wait_for_inputs
+from nsa.kernels.triton.exponential import mixed_exp2
 from nsa.kernels.triton.interval_forward import end_seen
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import LOG2E, backward_lse, direct_descriptor, dot, load_direct, wide
 
 
 @triton.jit
+def _keys(k, keys, inside, first, stride_kt, D: tl.constexpr, BD: tl.constexpr):
+    """``[BD, len(keys)]``, the dims from ``first`` on."""
+    dims = first + tl.arange(0, BD)
+    at = k + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :]
+    # Turned here: Triton 3.9 would keep the tile in registers and store it to shared memory anew for every head.
+    return tl.load(at, mask=inside[:, None] & (dims < D)[None, :], other=0.0).T
+
+
+@triton.jit
 def importance_of(
     q, k, lse, batch, row, hk, seen, keep, first, k_len, scale, stride_kt, stride_lh,
     G: tl.constexpr, PER: tl.constexpr, COVERS: tl.constexpr, BJ: tl.constexpr, SUB: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PIECES: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """``[BM, BJ]`` of the selection blocks from ``first - 1`` on, without the first of them, which lacks its due.
 
-    ``row`` the tile's first row of q; ``k`` at the sequence's first block; ``lse [BM]`` at the group's first head.
+    ``row`` the tile's first row of q; ``k`` at the sequence's first block; ``lse [BM]`` at the group's first head. Dims are
+    held in ``PIECES``, 1 or 3, of ``BD``.
     """
-    dims, col = tl.arange(0, BD), tl.arange(0, BJ * SUB)
+    col = tl.arange(0, BJ * SUB)
     own = tl.zeros([BM, BJ], tl.float32)
     following = tl.zeros([BM, BJ], tl.float32)
     for m0 in tl.static_range(0, PER, SUB):
@@ -36,18 +47,21 @@ def importance_of(
         i = (first - 1 + col // SUB) * PER + m
         inside = (m < PER) & (i >= 0) & (i < k_len)
         keys = tl.where(inside, i, 0)
-        # Turned here: Triton 3.9 would keep the tile in registers and store it to shared memory anew for every head.
-        kt = tl.load(
-            k + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0
-        ).T  # [BD, BJ * SUB]
+        kt = _keys(k, keys, inside, 0, stride_kt, D, BD)
+        if PIECES == 3:
+            kt1 = _keys(k, keys, inside, BD, stride_kt, D, BD)
+            kt2 = _keys(k, keys, inside, 2 * BD, stride_kt, D, BD)
         p = tl.zeros([BM, BJ * SUB], tl.float32)
         # A head ahead: the product would wait for what is loaded in its own turn.
         following_lse = tl.load(lse, mask=keep, other=float("-inf"))
         for g in tl.range(0, G):
             row_lse = backward_lse(following_lse)
             following_lse = tl.load(lse + tl.minimum(g + 1, G - 1) * stride_lh, mask=keep, other=float("-inf"))
-            qt = load_direct(q, batch, row, hk * G + g, BM, BD)
-            p += tl.exp2(dot(qt, kt) * scale - row_lse[:, None])
+            s = dot(load_direct(q, batch, row, hk * G + g, 0, BM, BD), kt)
+            if PIECES == 3:
+                s = dot(load_direct(q, batch, row, hk * G + g, BD, BM, BD), kt1, s)
+                s = dot(load_direct(q, batch, row, hk * G + g, 2 * BD, BM, BD), kt2, s)
+            p += mixed_exp2(s * scale - row_lse[:, None], MIX)
         p = tl.where(inside[None, :] & (i[None, :] < seen[:, None]), p, 0.0)
         p = tl.reshape(p, [BM, BJ, SUB])
         weight = tl.minimum(PER - m0 - tl.arange(0, SUB), COVERS)[None, None, :]  # strides in the block's own selection block
@@ -76,8 +90,8 @@ def importance_kernel(
     q, k, lse, out, stride_kb, stride_kt, stride_kh, stride_lb, stride_lh, stride_lt,
     tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, blocks, length, stride, size, scale,
     G: tl.constexpr, PER: tl.constexpr, COVERS: tl.constexpr, BJ: tl.constexpr, SUB: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PIECES: tl.constexpr, MIX: tl.constexpr, PACKED: tl.constexpr,
+    TABLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     hk = tl.program_id(2)
     # Nothing here is of the launch before. But one program waits, so that this launch ends after that one: who then waits for
@@ -98,7 +112,7 @@ def importance_kernel(
     k += batch * stride_kb + k_row * stride_kt + hk * stride_kh
     found = importance_of(
         q, k, lse, batch, q_row + start, hk, seen, keep, first, k_len, scale, stride_kt, stride_lh,
-        G, PER, COVERS, BJ, SUB, D, BM, BD,
+        G, PER, COVERS, BJ, SUB, D, BM, BD, PIECES, MIX,
     )  # fmt: skip
     block = first - 1 + j
     at = out + ((wide(tl.program_id(1)) * BM + rows)[:, None] * kv_heads + hk) * blocks + block[None, :]
@@ -120,14 +134,16 @@ def block_importance(
     per = size // stride
     sub = min(triton.next_power_of_2(per), tune.block_n // 2)
     blocks_a_tile = tune.block_n // sub
+    width, pieces = tuning.dim_pieces(dim)
     registers = tuning.importance_registers(dim, q.dtype, per, tuning.arch(q.device))
     options = ({"maxnreg": registers} if registers else {}) | ({"launch_pdl": True} if early else {})
     importance_kernel[(triton.cdiv(seen, blocks_a_tile - 1), count, kv_heads)](
-        direct_descriptor(q, tune.block_m), k, lse, out, *k.stride()[:3], lse.stride(0), lse.stride(2), lse.stride(1),
+        direct_descriptor(q, tune.block_m, width), k, lse, out, *k.stride()[:3], lse.stride(0), lse.stride(2), lse.stride(1),
         tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
         G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,
-        D=dim, BM=tune.block_m, BD=tuning.padded_dim(dim), PACKED=spans.packed, TABLE=spans.table is not None,
+        D=dim, BM=tune.block_m, BD=width, PIECES=pieces, MIX=tuning.importance_mix(q.dtype, tuning.arch(q.device)),
+        PACKED=spans.packed, TABLE=spans.table is not None,
         DEPENDENT=decode_tuning.dependent_launch(tuning.arch(q.device)), num_warps=tune.num_warps,
         num_stages=tune.num_stages, **options,
     )  # fmt: skip

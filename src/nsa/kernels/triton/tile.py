@@ -31,13 +31,13 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return _boxes(x, [1, rows, 1, padded_dim(x.shape[-1])])
 
 
-def direct_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """``descriptor`` for ``load_direct``.
+def direct_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """``descriptor`` for ``load_direct``, of ``columns`` columns.
 
     Batch and head come first: only leading dimensions of size 1 can be dropped without the tile passing through registers on
     its way from shared memory to a matrix product.
     """
-    return _boxes(x.transpose(1, 2), [1, 1, rows, padded_dim(x.shape[-1])])
+    return _boxes(x.transpose(1, 2), [1, 1, rows, columns])
 
 
 def _boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
@@ -57,9 +57,9 @@ def load_tile(desc, batch, row, head, limit, ROWS: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def load_direct(desc, batch, row, head, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def load_direct(desc, batch, row, head, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """``[ROWS, WIDTH]`` for a matrix product, which finds it where it was loaded to; outside the tensor it is 0."""
-    return desc.load([batch.to(tl.int32), head, row.to(tl.int32), 0]).reshape(ROWS, WIDTH)
+    return desc.load([batch.to(tl.int32), head, row.to(tl.int32), column]).reshape(ROWS, WIDTH)
 
 
 @triton.jit
