@@ -70,7 +70,7 @@ def decode_op(
     paged: bool, length: int, stride: int, size: int, n: int, num_initial: int, num_local: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[B, TQ, HQ, DV]`` and selected blocks int32 ``[B, TQ, HK, n]`` of the newest tokens."""
-    from nsa.kernels.triton.decode import decode as launch
+    from nsa.kernels.launch import decode as launch
 
     kv_heads, value_dim = pools[1].shape[2:]
     cfg = NSAConfig(q.shape[3], q.shape[2], kv_heads, value_dim, length, stride, size, n, num_initial, num_local, window, scale)

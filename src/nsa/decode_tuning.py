@@ -94,6 +94,12 @@ def ranking(n: int, again: bool, count: int, least: int = 16) -> tuple[int, int]
     return width, max(1, min(8, width // (512 if again else 128)))
 
 
+def whole(pairs: int, multiprocessors: int) -> bool:
+    """Whether a step of so many sequences and KV heads fills a GPU with one program for each."""
+    turns = -(-pairs // multiprocessors)
+    return pairs >= 0.8 * turns * multiprocessors
+
+
 def dependent_launch(arch: int) -> bool:
     """Whether a kernel may start before the one before it has ended (Hopper and newer)."""
     return arch >= 90

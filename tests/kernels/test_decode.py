@@ -41,13 +41,19 @@ def _poisoned() -> Iterator[None]:
 class Filled:
     """A cache with a history of sequences of different lengths, over memory that held NaN, and the raw tokens beside it."""
 
-    def __init__(self, number: int, device: str, kernels: bool, compressor: str = "mean", batch: int | None = None) -> None:
+    def __init__(
+        self, number: int, device: str, kernels: bool, compressor: str = "mean", batch: int | None = None,
+        given: tuple[nsa.NSAConfig, torch.dtype, int] | None = None,
+    ) -> None:  # fmt: skip
+        """``given``: what a drawn cache has its own of, and how long it may be; it has no pages then."""
         known = shapes(device)
         shape, self.rng = known[number % len(known)], random.Random(number)
         self.cfg, self.dtype, self.device = shape.config(self.rng), getattr(torch, shape.dtype), device
         pages, drawn = PAGES[number % len(PAGES)], self.rng.randint(1, 3 if device == "cuda" else 2)
         batch = batch or drawn
         longest = 600 if device == "cuda" else 60
+        if given is not None:
+            (self.cfg, self.dtype, longest), pages = given, None
         self.draws = torch.Generator().manual_seed(number)
         self.cache = nsa.NSACache(
             self.cfg, batch, longest + MAX_CROP + 40, dtype=self.dtype, device=device, max_crop=MAX_CROP,

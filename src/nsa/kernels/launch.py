@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from nsa import tuning
+from nsa import decode_tuning, tuning
+from nsa.config import NSAConfig
 from nsa.kernels import cuda, hopper
 from nsa.kernels.triton.combine import Mix, combine
 from nsa.kernels.triton.sequence import Spans
@@ -136,3 +139,20 @@ def selected_and_combined(
     if o is None:
         o, o_slc = combine(o_cmp, o_slc, o_win, gates), o_slc if save else o_slc.new_empty(0)
     return o, o_slc, lse
+
+
+def decode(
+    q: Tensor, gates: Tensor, pools: Sequence[Tensor], rings: Sequence[Tensor], table: Tensor, lengths: Tensor,
+    max_seq_len: int, paged: bool, cfg: NSAConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``kernels.triton.decode.decode``."""
+    from nsa.kernels.cuda.decode_step import decode_step, program, supports
+    from nsa.kernels.triton.decode import decode as in_launches
+
+    refused = supports(q, rings[1].shape[-1], paged, max_seq_len, cfg, tuning.arch(q.device))
+    pairs = q.shape[0] * cfg.num_kv_heads
+    if refused is None and q.device.type == "cuda" and decode_tuning.whole(pairs, tuning.multiprocessors(q.device)):
+        kernel = program(q.dtype, q.shape[-1], q.device.index)
+        if kernel is not None:
+            return decode_step(kernel, q, gates, pools, rings, lengths, cfg)
+    return in_launches(q, gates, pools, rings, table, lengths, max_seq_len, paged, cfg)

@@ -1,0 +1,399 @@
+// A decode step of one token on Hopper: a CTA does all that a sequence's KV head has to do, from the compressed keys to the output.
+//
+// Keys and values come once, through a ring in shared memory, and each tile of 64 is one warp's: nothing waits for all warps but
+// where a branch ends. Behind the compressed tiles come those of the window. They fill the ring while blocks are chosen, so that
+// memory does not idle, and are computed by the warps that don't choose. Then come the selected blocks.
+#include "ring.cuh"
+#include "softmax.cuh"
+
+namespace {
+
+constexpr int WARPS = 8, MULTIPLY = WARPS * 32;        // that multiply, and their threads
+constexpr int THREADS = (WARPS + 4) * 32;              // and a warpgroup of which one warp loads
+constexpr int SLOTS = 12 * 128 / D;                    // of the ring, each the keys or the values of a tile
+constexpr int LENGTH = 32, STRIDE = 16, LEAD = LENGTH / STRIDE - 1;  // a compressed block lies where its last stride does
+constexpr int STARTING = SIZE / STRIDE, PER_TILE = SIZE / STARTING;  // compressed blocks that start in a selection block
+constexpr int MOST_BLOCKS = 4096, MOST_CHOSEN = 32;    // selection blocks of a sequence, and of its newest token
+constexpr int PART = 32, APART = PART + 8;             // columns that the warps add up at a time, and how far rows lie apart
+constexpr int FORCED = 0x7f800000;                     // infinity: no importance is higher
+
+// In shared memory, after the ring's tiles.
+constexpr int BARRIERS = SLOTS * TILE_BYTES;
+constexpr int CHOSEN = BARRIERS + (2 * SLOTS + 2) * 8;      // a barrier: the list is there
+constexpr int LIST = CHOSEN + 8;                            // int [MOST_CHOSEN], ascending, -1 behind the last
+constexpr int STATS = (LIST + MOST_CHOSEN * 4 + 15) & ~15;  // float2 [WARPS][ROWS], a warp's maximum and sum
+constexpr int LSE = STATS + WARPS * ROWS * 8;               // float [ROWS], of the compressed branch, in units of log2
+constexpr int SPACE = LSE + ROWS * 4;                       // float [WARPS][ROWS][APART], or int [MOST_BLOCKS + 1] of ranks
+constexpr int SPACE_BYTES = WARPS * ROWS * APART * 4;
+static_assert(SPACE_BYTES >= (MOST_BLOCKS + 1) * 4 && SPACE % 16 == 0);
+
+}  // namespace
+
+// The arguments. A pair is a sequence and a KV head.
+struct Call {
+  const u16* q;             // [B, HQ, D]
+  const void* gates;        // [B, HQ, 3]
+  const int* lengths;       // [B]
+  float* weights;           // [pairs, tiles, ROWS, PER_TILE]: of each selection block, in the order of `block_at`
+  float* peaks;             // [pairs, tiles, ROWS], the maximum that a tile's weights refer to, in units of log2
+  float* edges;             // as peaks: what a tile hands to the first selection block of the next
+  u16* o;                   // [B, HQ, D]
+  int* indices;             // [B, HK, n]
+  int heads, kv_heads, group;
+  int tiles, rows;          // of compressed blocks, and tokens, that a sequence has room for
+  int slots, window;        // of the window's ring
+  int n, num_initial, num_local;
+  int wide_gates;           // fp32, else of q's type
+  float scale;              // with log2(e)
+  u32 zero;                 // 0, which the compiler must not know
+};
+
+namespace {
+
+// What a pair has to read.
+struct Work {
+  int batch, hk, tokens, own;  // own: the newest token's selection block, or -1
+  int blocks, tiles;           // compressed
+  int newest, slots, held;     // of the window's ring: the newest token's slot, all slots, and tokens of the window
+
+  __device__ __forceinline__ explicit Work(const Call& c) {
+    batch = blockIdx.x / c.kv_heads;
+    hk = blockIdx.x % c.kv_heads;
+    tokens = max(0, min(c.lengths[batch], c.rows));
+    own = tokens > 0 ? (tokens - 1) / SIZE : -1;
+    blocks = tokens < LENGTH ? 0 : (tokens - LENGTH) / STRIDE + 1;
+    tiles = min((blocks + SIZE - 1) / SIZE, c.tiles);
+    slots = c.slots;
+    newest = max(tokens - 1, 0) % slots;
+    held = min(c.window, tokens);
+  }
+  __device__ __forceinline__ int age(int slot) const { return newest - slot + (slot > newest ? slots : 0); }
+  // Whether any of the ring's slots from `first` on, to the tile's end, holds a token of the window.
+  __device__ __forceinline__ bool wants(int first) const {
+    const int last = min(first + SIZE, slots) - 1;
+    return (newest >= first && newest <= last ? 0 : age(last)) < held;
+  }
+};
+
+__device__ __forceinline__ void multiplying_warps() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLY) : "memory"); }
+
+template <class T>
+__device__ __forceinline__ T& at(u32 slots, int offset, int i) {
+  extern __shared__ unsigned char memory[];
+  return reinterpret_cast<T*>(memory + (slots - shared_address(memory)) + offset)[i];
+}
+
+// ---- loading
+
+struct Maps {
+  const TensorMap *k, *v;
+};
+
+__device__ __forceinline__ void load_tile(Loads<SLOTS>& loads, const Maps& maps, const Work& w, int row) {
+#pragma unroll
+  for (int values = 0; values < 2; values++) {
+    const TensorMap* map = values ? maps.v : maps.k;
+    loads.next(WARPS - 1, [&](u32 to, u32 full) {
+#pragma unroll
+      for (int column = 0; column < D; column += COLUMNS)
+        load_box_once(to + column / COLUMNS * BOX_BYTES, map, full, column, w.hk, row, w.batch);
+    });
+  }
+}
+
+__device__ __forceinline__ void load_all(const Ring<SLOTS>& ring, const Maps& cmp, const Maps& slc, const Maps& win, const Call& c,
+                                         int lane) {
+  const Work w(c);
+  Loads<SLOTS> loads(ring, lane);
+  for (int t = 0; t < w.tiles; t++) load_tile(loads, cmp, w, t * SIZE + LEAD);
+  for (int first = 0; first < w.slots; first += SIZE)
+    if (w.wants(first)) load_tile(loads, win, w, first);
+  barrier_wait(ring.slots + CHOSEN, 0);
+  for (int i = 0; i < c.n; i++) {
+    const int block = at<int>(ring.slots, LIST, i);
+    if (block < 0) break;
+    load_tile(loads, slc, w, block * SIZE);
+  }
+}
+
+// ---- a tile
+
+__device__ __forceinline__ int column_of(int lane, int i, int j) { return i * 8 + (lane & 3) * 2 + (j & 1); }
+
+// Of a tile whose load of keys is `load`, the keys that `seen` says into the warp's rows; `whole`: all of them. `s` become their
+// probabilities, by the maximum in use.
+template <class Seen>
+__device__ __forceinline__ void attend(float (&s)[8][4], Ring<SLOTS>& ring, u32 load, bool whole, Seen seen, Rows& x, const Left& left,
+                                       float scale, int lane) {
+  u32 slot = ring.wait(load);
+  scores(s, left, ring.slots + slot * TILE_BYTES + straight_at(lane));
+  u32 after = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) after |= __float_as_uint(s[i][0]);
+  ring.leave(slot, after, lane);
+  if (!whole) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        if (!seen(column_of(lane, i, j))) s[i][j] = minus_infinity();
+  }
+  u32 p[1][4][4];
+  soften(s, p[0], x, scale, 1, lane);
+  slot = ring.wait(load + 1);
+  if (!whole) {  // 0 times what memory holds there is not 0
+    for (int row = lane >> 3; row < SIZE; row += 4)
+      if (!seen(row)) {
+#pragma unroll
+        for (int box = 0; box < TILE_BYTES; box += BOX_BYTES)
+          store_zeros(ring.slots + slot * TILE_BYTES + box + row * 128 + (lane & 7) * 16);
+      }
+    writes_before_loads();  // the slot's next load comes behind these writes
+    __syncwarp();
+  }
+  add_product<1>(p, x.acc, x.acc, ring.slots + slot * TILE_BYTES + turned_at(lane));
+  after = 0;
+#pragma unroll
+  for (int i = 0; i < D / 8; i++) after |= __float_as_uint(x.acc[i][0]);
+  ring.leave(slot, after, lane);
+}
+
+// Where a tile's selection block lies among its weights: so each lane has four neighbouring ones.
+__device__ __forceinline__ int block_at(int place) { return (place & 7) * 2 + (place >> 3); }
+
+// A tile's probabilities, added up by selection block, with the maximum that they refer to: equation 9, in which a compressed block
+// counts once for each of its strides that lie in the selection block, the last one's second stride for the next.
+__device__ __forceinline__ void keep(const float (&s)[8][4], const Rows& x, const Call& c, i64 tile, int lane) {
+  const int part = lane & 3, row = lane >> 2;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float before = 0, sums[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {  // parts 0 and 1 have the keys of selection block 2 i, 2 and 3 those of 2 i + 1
+      const float a = s[i][2 * h], b = s[i][2 * h + 1];
+      const float handed = __shfl_sync(~0u, part == 3 ? before : b, part == 0 ? lane + 3 : lane - 1);
+      float sum = part & 1 ? 2 * a + b : 2 * (a + b) + handed;
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      if ((part & 1) == i / 4) sums[i % 4] = sum;
+      before = b;
+    }
+    const i64 at = tile * ROWS + row + 8 * h;
+    reinterpret_cast<float4*>(c.weights + at * PER_TILE)[(part >> 1) * 2 + (part & 1)] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    if (part == 3) c.edges[at] = before;
+    if (part == 0) c.peaks[at] = x.m[h];
+  }
+}
+
+// ---- the end of a branch
+
+__device__ __forceinline__ float gate(const Call& c, i64 i) {
+  return c.wide_gates ? static_cast<const float*>(c.gates)[i] : widen(static_cast<const u16*>(c.gates)[i]);
+}
+
+// All warps' rows of branch `which`, times its gate over the softmax's sum, into `out`: of row thread / 16, of each PART of the
+// columns two. The rows' lse stays in shared memory.
+__device__ __forceinline__ void end_branch(int which, Rows& x, float (&out)[D / PART][2], u32 slots, const Call& c, const Work& w,
+                                           int warp, int lane) {
+  const int row = lane >> 2, part = lane & 3, thread = warp * 32 + lane;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    x.l[h] += __shfl_xor_sync(~0u, x.l[h], 1);
+    x.l[h] += __shfl_xor_sync(~0u, x.l[h], 2);
+    if (part == 0) at<float2>(slots, STATS, warp * ROWS + row + 8 * h) = make_float2(x.m[h], x.l[h]);
+  }
+  multiplying_warps();
+  float share[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int r = row + 8 * h;
+    float most = minus_infinity(), sum = 0;
+    for (int i = 0; i < WARPS; i++) most = fmaxf(most, at<float2>(slots, STATS, i * ROWS + r).x);
+    for (int i = 0; i < WARPS; i++) {
+      const float2 its = at<float2>(slots, STATS, i * ROWS + r);
+      if (its.y > 0) sum += its.y * exp2_fast(its.x - most);
+    }
+    const bool any = x.l[h] > 0 && r < c.group;
+    share[h] = any ? gate(c, ((i64)w.batch * c.heads + w.hk * c.group + r) * 3 + which) * exp2_fast(x.m[h] - most) / sum : 0;
+    if (warp == 0 && part == 0) at<float>(slots, LSE, r) = most + log2_fast(sum);
+  }
+#pragma unroll
+  for (int chunk = 0; chunk < D / PART; chunk++) {
+#pragma unroll
+    for (int i = 0; i < PART / 8; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float* sums = x.acc[chunk * (PART / 8) + i] + 2 * h;
+        at<float2>(slots, SPACE, ((warp * ROWS + row + 8 * h) * APART + i * 8) / 2 + part) =
+            make_float2(sums[0] * share[h], sums[1] * share[h]);
+      }
+    multiplying_warps();
+    for (int i = 0; i < WARPS; i++) {
+      const float2 its = at<float2>(slots, SPACE, (i * ROWS + thread / 16) * APART / 2 + thread % 16);
+      out[chunk][0] += its.x;
+      out[chunk][1] += its.y;
+    }
+    multiplying_warps();
+  }
+}
+
+// ---- the choice
+
+// How each of the pair's selection blocks ranks, as integers: the bits of its importance, or FORCED.
+__device__ __forceinline__ void rank_blocks(const Call& c, const Work& w, u32 slots, int thread) {
+  for (int i = thread; i <= w.tiles * PER_TILE; i += MULTIPLY) {
+    const int tile = i / PER_TILE, place = i % PER_TILE, block = tile * PER_TILE + block_at(place);
+    if (block > w.own) continue;
+    float sum = 0;
+    if (tile < w.tiles) {
+      const i64 first = ((i64)blockIdx.x * c.tiles + tile) * ROWS;
+      const bool handed = place == 0 && tile > 0;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        if (r >= c.group) break;
+        const float lse = at<float>(slots, LSE, r), peak = c.peaks[first + r];
+        float weight = c.weights[(first + r) * PER_TILE + place], rest = 0;
+        if (handed) {
+          const float edge = c.edges[first - ROWS + r], its_peak = c.peaks[first - ROWS + r];
+          // Blocks that tie must agree in their last bit, so what comes in two parts is added up first where it can be.
+          if (its_peak == peak) weight += edge;
+          else rest = edge * exp2_fast(its_peak - lse);
+        }
+        sum += weight * exp2_fast(peak - lse) + rest;
+      }
+    }
+    const bool forced = block < c.num_initial || block > w.own - c.num_local;
+    at<int>(slots, SPACE, block) = forced ? FORCED : __float_as_int(sum);
+  }
+}
+
+// How many of the first `count` ranks are `least` or higher.
+__device__ __forceinline__ int reached(u32 slots, int count, int least, int lane) {
+  int some = 0;
+#pragma unroll 8
+  for (int i = lane; i < count; i += 32) some += at<int>(slots, SPACE, i) >= least;
+  return __reduce_add_sync(~0u, some);
+}
+
+// By a warp: the `n` highest of `count` ranks to the list, ascending, of those that tie the first.
+__device__ __forceinline__ void choose(u32 slots, int count, int n, int lane) {
+  int top = -1;
+  for (int i = lane; i < count; i += 32) top = max(top, at<int>(slots, SPACE, i));
+  // Between `low`, which n or more reach, and `high`, which fewer do. The n-th highest of the lanes' own highest is such a `low`.
+  int low = 0, high = __reduce_max_sync(~0u, top) + 1, c_high = 0;
+  for (int bit = 1 << 30; bit > 0; bit >>= 1)
+    if (__popc(__ballot_sync(~0u, top >= (low | bit))) >= n) low |= bit;
+  int c_low = count <= n ? n : reached(slots, count, low, lane);
+  while (c_low != n && high - low > 1) {
+    const int middle = low + (high - low) / 2, some = reached(slots, count, middle, lane);
+    if (some >= n) low = middle, c_low = some;
+    else high = middle, c_high = some;
+  }
+  if (count <= n) low = 0;
+  // All above `low` are chosen, and of those at it the first, as many as there are places left.
+  int ties = c_low == n ? n : n - c_high, written = 0;
+  const u32 below = (1u << lane) - 1;
+  for (int first = 0; first < count; first += 32) {
+    const int rank = first + lane < count ? at<int>(slots, SPACE, first + lane) : -1;
+    const u32 level = __ballot_sync(~0u, rank == low);
+    const bool taken = rank > low || (rank == low && __popc(level & below) < ties);
+    const u32 all = __ballot_sync(~0u, taken);
+    const int place = written + __popc(all & below);
+    if (taken) at<int>(slots, LIST, place) = first + lane;
+    written += __popc(all);
+    ties -= __popc(level);
+  }
+  if (lane >= written && lane < MOST_CHOSEN) at<int>(slots, LIST, lane) = -1;
+}
+
+// ---- all of it
+
+__device__ __forceinline__ void take_queries(Left& left, const Call& c, const Work& w, int lane) {
+  const u16* q = c.q + ((i64)w.batch * c.heads + w.hk * c.group) * D + (lane & 3) * 2;
+#pragma unroll
+  for (int d = 0; d < D / 16; d++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = (lane >> 2) + (i & 1) * 8, column = d * 16 + (i >> 1) * 8;
+      left.q[d][i] = row < c.group ? *reinterpret_cast<const u32*>(q + row * D + column) : 0;
+    }
+}
+
+__device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int warp, int lane) {
+  const Work w(c);
+  const u32 slots = ring.slots;
+  Left left;
+  take_queries(left, c, w, lane);
+  float out[D / PART][2] = {}, s[8][4];
+  Rows x;
+
+  reset(x);
+#pragma unroll 1
+  for (int t = warp; t < w.tiles; t += WARPS) {
+    const int end = w.blocks - t * SIZE;
+    attend(s, ring, 2 * t, end >= SIZE, [&](int i) { return i < end; }, x, left, c.scale, lane);
+    keep(s, x, c, (i64)blockIdx.x * c.tiles + t, lane);
+  }
+  end_branch(0, x, out, slots, c, w, warp, lane);
+  rank_blocks(c, w, slots, warp * 32 + lane);
+  multiplying_warps();
+
+  reset(x);
+  u32 load = 2 * w.tiles;
+  if (warp == 0) {
+    choose(slots, w.own + 1, c.n, lane);
+    __syncwarp();
+    if (lane < c.n) c.indices[(i64)blockIdx.x * c.n + lane] = at<int>(slots, LIST, lane);
+    if (lane == 0) barrier_arrive(slots + CHOSEN, 1);
+  }
+  int whose = 1;  // the others' turns
+#pragma unroll 1
+  for (int first = 0; first < w.slots; first += SIZE) {
+    if (!w.wants(first)) continue;
+    if (whose == warp) {
+      const auto seen = [&](int i) { return first + i < w.slots && w.age(first + i) < w.held; };
+      attend(s, ring, load, false, seen, x, left, c.scale, lane);
+    }
+    whose = whose == WARPS - 1 ? 1 : whose + 1;
+    load += 2;
+  }
+  end_branch(2, x, out, slots, c, w, warp, lane);
+
+  reset(x);
+  barrier_wait(slots + CHOSEN, 0);
+#pragma unroll 1
+  for (int i = warp; i < c.n; i += WARPS) {
+    const int block = at<int>(slots, LIST, i);
+    if (block < 0) break;
+    const int end = w.tokens - block * SIZE;
+    attend(s, ring, load + 2 * i, end >= SIZE, [&](int row) { return row < end; }, x, left, c.scale, lane);
+  }
+  end_branch(1, x, out, slots, c, w, warp, lane);
+
+  const int row = warp * 2 + lane / 16;
+  if (row < c.group) {
+    u32* o = reinterpret_cast<u32*>(c.o + ((i64)w.batch * c.heads + w.hk * c.group + row) * D) + lane % 16;
+#pragma unroll
+    for (int chunk = 0; chunk < D / PART; chunk++) o[chunk * (PART / 2)] = pack(out[chunk][0], out[chunk][1]);
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+decode_step(const __grid_constant__ TensorMap k_cmp, const __grid_constant__ TensorMap v_cmp, const __grid_constant__ TensorMap k_slc,
+            const __grid_constant__ TensorMap v_slc, const __grid_constant__ TensorMap k_win, const __grid_constant__ TensorMap v_win,
+            const __grid_constant__ Call c) {
+  extern __shared__ unsigned char memory[];
+  Ring<SLOTS> ring(memory, BARRIERS, c.zero);
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  if (threadIdx.x == 0) barrier_init(ring.slots + CHOSEN, 1);
+  ring.begin(WARPS);
+  // Registers move only within what the CTA was given: 12 warps of 168.
+  if (warp >= WARPS) {
+    fewer_registers<24>();
+    if (warp == WARPS) load_all(ring, {&k_cmp, &v_cmp}, {&k_slc, &v_slc}, {&k_win, &v_win}, c, lane);
+  } else {
+    more_registers<240>();
+    multiply(ring, c, warp, lane);
+  }
+}

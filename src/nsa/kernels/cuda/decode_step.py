@@ -1,0 +1,106 @@
+"""A decode step of one token on Hopper, a CTA for each sequence and KV head: the launcher of ``decode_step.cu``.
+
+The twin of ``kernels/triton/decode.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.cuda import ROWS, SIZE, driver, nvrtc
+from nsa.kernels.cuda.selected_lists import options
+from nsa.kernels.triton.tile import LOG2E
+
+THREADS = 384
+# The ring, 12 tiles of 16 KiB or more smaller ones, what warps give each other, the barriers, and what aligning takes.
+SHARED = 12 * (16 << 10) + 8 * ROWS * 40 * 4 + 2048 + 1024
+LENGTH, STRIDE, PER_TILE = 32, 16, 16  # of compressed blocks, and selection blocks that begin in a tile of these
+MOST_BLOCKS, MOST_CHOSEN = 4096, 32
+HEAD_DIMS = (64, 128)
+
+
+class Call(ctypes.Structure):
+    """``Call`` of the source; the comments are there."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "q", "gates", "lengths", "weights", "peaks", "edges", "o", "indices",
+        )),
+        *((name, ctypes.c_int) for name in (
+            "heads", "kv_heads", "group", "tiles", "rows", "slots", "window", "n", "num_initial", "num_local", "wide_gates",
+        )),
+        ("scale", ctypes.c_float),
+        ("zero", ctypes.c_uint),
+    )  # fmt: skip
+
+
+def supports(q: Tensor, value_dim: int, paged: bool, max_seq_len: int, cfg: NSAConfig, arch: int) -> str | None:
+    """``None`` if the kernel takes a step like this, else the reason why not. ``q`` ``[B, TQ, HQ, D]``."""
+    dim, geometry = q.shape[-1], (cfg.block_length, cfg.block_stride, cfg.selection_block_size)
+    if arch != 90:
+        return f"it needs compute capability 9.0, got {arch / 10}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in fp16 and bf16, got {q.dtype}"
+    if dim not in HEAD_DIMS or value_dim != dim:
+        return (
+            f"it holds head dims of {' or '.join(map(str, HEAD_DIMS))}, the same of keys and values, got {dim} and {value_dim}"
+        )
+    if q.shape[1] != 1 or cfg.group_size > ROWS:
+        return f"it takes one token, of up to {ROWS} heads a KV head, got {q.shape[1]} of {cfg.group_size}"
+    if paged:
+        return "it reads tokens that lie side by side, got pages"
+    if geometry != (LENGTH, STRIDE, SIZE):
+        return f"it takes blocks of {LENGTH} tokens every {STRIDE}, selected by {SIZE}, got {geometry}"
+    if cfg.num_selected_blocks > MOST_CHOSEN or cfg.num_selection_blocks(max_seq_len) > MOST_BLOCKS:
+        return (
+            f"it chooses up to {MOST_CHOSEN} of {MOST_BLOCKS} blocks, got {cfg.num_selected_blocks} of "
+            f"{cfg.num_selection_blocks(max_seq_len)}"
+        )
+    return None
+
+
+@functools.cache
+def program(dtype: torch.dtype, dim: int, device: int) -> driver.Kernel | None:
+    """For heads of ``dim``, on ``device``, the current one; None, after a warning, where it can't be had."""
+    try:
+        module = driver.load(nvrtc.cubin("decode_step.cu", options(dtype, ROWS, dim)), device)
+        return driver.Kernel(module, "decode_step", THREADS, SHARED)
+    except (nvrtc.Unavailable, RuntimeError) as reason:
+        warnings.warn(f"decode_step takes its slower kernels: {reason}", RuntimeWarning, stacklevel=3)
+        return None
+
+
+def decode_step(
+    kernel: driver.Kernel, q: Tensor, gates: Tensor, pools: Sequence[Tensor], rings: Sequence[Tensor], lengths: Tensor,
+    cfg: NSAConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the twin, for what ``supports`` says: of one token, and of caches without pages."""
+    batch, _, heads, dim = q.shape
+    k_slc, v_slc, k_cmp, v_cmp = pools
+    kv_heads, tiles = cfg.num_kv_heads, -(-k_cmp.shape[1] // SIZE)
+    pairs = batch * kv_heads
+    peaks, edges = torch.empty(2, pairs, tiles, ROWS, dtype=torch.float32, device=q.device)
+    weights = torch.empty(pairs, tiles, ROWS, PER_TILE, dtype=torch.float32, device=q.device)
+    o = torch.empty(batch, 1, heads, dim, dtype=q.dtype, device=q.device)
+    indices = torch.empty(batch, 1, kv_heads, cfg.num_selected_blocks, dtype=torch.int32, device=q.device)
+    call = Call(
+        *(x.data_ptr() for x in (q, gates, lengths, weights, peaks, edges, o, indices)),
+        heads, kv_heads, cfg.group_size, tiles, k_slc.shape[1], rings[0].shape[1], cfg.window_size, cfg.num_selected_blocks,
+        cfg.num_initial_blocks, cfg.num_local_blocks, gates.dtype == torch.float32, cfg.softmax_scale * LOG2E.value, 0,
+    )  # fmt: skip
+    tensors = (k_cmp, v_cmp, k_slc, v_slc, *rings)
+    room = ctypes.create_string_buffer(len(tensors) * driver.MAP_BYTES + 63)
+    maps = [(ctypes.addressof(room) + 63 & ~63) + i * driver.MAP_BYTES for i in range(len(tensors))]
+    for at, x in zip(maps, tensors):
+        driver.describe(at, x, SIZE, 1)
+    driver.enter(q.device.index)
+    if pairs:
+        kernel.launch((pairs, 1), SHARED, [*maps, ctypes.addressof(call)])
+    return o, indices
