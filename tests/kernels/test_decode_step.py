@@ -31,8 +31,8 @@ LAYOUT = """#include "{source}"
 static_assert(sizeof(Call) == {size});
 {fields}
 static_assert(D == {dim} && G == {rows} && THREADS == {threads} && MOST_BLOCKS == {blocks} && MOST_CHOSEN == {chosen});
-static_assert(LENGTH == {length} && STRIDE == {stride} && PER_TILE == {per_tile});
-static_assert(1023 + SPACE + SPACE_BYTES <= {shared});
+static_assert(LENGTH == {length} && STRIDE == {stride} && NEAR_TILES == {near} && KEPT == {kept});
+static_assert(1023 + NEAR + NEAR_TILES * KEPT * 4 <= {shared});
 """
 
 
@@ -48,7 +48,7 @@ def test_compiles_by_nvcc(dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     source.write_text(LAYOUT.format(
         source=nvrtc.SOURCES / "decode_step.cu", size=ctypes.sizeof(call), fields="\n".join(fields), dim=dim, rows=ROWS,
         threads=decode_step.THREADS, blocks=decode_step.MOST_BLOCKS, chosen=decode_step.MOST_CHOSEN, length=decode_step.LENGTH,
-        stride=decode_step.STRIDE, per_tile=decode_step.PER_TILE, shared=decode_step.SHARED,
+        stride=decode_step.STRIDE, near=decode_step.NEAR_TILES, kept=decode_step.KEPT, shared=decode_step.SHARED,
     ))  # fmt: skip
     command = [
         NVCC,
@@ -130,7 +130,7 @@ CASES = [  # the configuration, and the most tokens
     ({}, 600),
     ({}, 30_000),
     ({"num_heads": 10, "num_selected_blocks": 32, "window_size": 100}, 9_000),
-    ({"num_kv_heads": 32, "num_selected_blocks": 3, "num_initial_blocks": 0, "num_local_blocks": 1}, 3_000),
+    ({"num_kv_heads": 32, "num_selected_blocks": 3, "num_local_blocks": 1}, 3_000),
     ({"head_dim": 64, "value_dim": 64, "window_size": 64, "num_initial_blocks": 3}, 20_000),
     ({"head_dim": 64, "value_dim": 64, "num_selected_blocks": 8, "window_size": 1000}, 70),
 ]

@@ -10,12 +10,13 @@ namespace {
 
 constexpr int WARPS = 8, MULTIPLY = WARPS * 32;        // that multiply, and their threads
 constexpr int THREADS = (WARPS + 4) * 32;              // and a warpgroup of which one warp loads
-constexpr int SLOTS = 12 * 128 / D;                    // of the ring, each the keys or the values of a tile
+constexpr int SLOTS = 8 * 128 / D;                     // of the ring, each the keys or the values of a tile
 constexpr int LENGTH = 32, STRIDE = 16, LEAD = LENGTH / STRIDE - 1;  // a compressed block lies where its last stride does
 constexpr int STARTING = SIZE / STRIDE, PER_TILE = SIZE / STARTING;  // compressed blocks that start in a selection block
 constexpr int MOST_BLOCKS = 4096, MOST_CHOSEN = 32;    // selection blocks of a sequence, and of its newest token
 constexpr int PART = 32, APART = PART + 8;             // columns that the warps add up at a time, and how far rows lie apart
 constexpr int FORCED = 0x7f800000;                     // infinity: no importance is higher
+constexpr int NEAR_TILES = 66, KEPT = ROWS * (PER_TILE + 2);  // tiles whose weights shared memory holds, and numbers of a tile
 
 // In shared memory, after the ring's tiles.
 constexpr int BARRIERS = SLOTS * TILE_BYTES;
@@ -23,9 +24,12 @@ constexpr int CHOSEN = BARRIERS + (2 * SLOTS + 2) * 8;      // a barrier: the li
 constexpr int LIST = CHOSEN + 8;                            // int [MOST_CHOSEN], ascending, -1 behind the last
 constexpr int STATS = (LIST + MOST_CHOSEN * 4 + 15) & ~15;  // float2 [WARPS][ROWS], a warp's maximum and sum
 constexpr int LSE = STATS + WARPS * ROWS * 8;               // float [ROWS], of the compressed branch, in units of log2
-constexpr int SPACE = LSE + ROWS * 4;                       // float [WARPS][ROWS][APART], or int [MOST_BLOCKS + 1] of ranks
+constexpr int FEW = LSE + ROWS * 4;                         // int2 [32]: ranks and blocks of those that may be chosen
+constexpr int SPACE = FEW + 32 * 8;                         // float [WARPS][ROWS][APART], or int [MOST_BLOCKS + 1] of ranks
 constexpr int SPACE_BYTES = WARPS * ROWS * APART * 4;
-static_assert(SPACE_BYTES >= (MOST_BLOCKS + 1) * 4 && SPACE % 16 == 0);
+constexpr int NEAR = SPACE + SPACE_BYTES;                   // float [NEAR_TILES][KEPT]: as `kept` below
+static_assert(SPACE_BYTES >= (MOST_BLOCKS + 1) * 4 && SPACE % 16 == 0 && NEAR % 16 == 0);
+static_assert(1023 + NEAR + NEAR_TILES * KEPT * 4 <= 227 << 10);
 
 }  // namespace
 
@@ -34,9 +38,7 @@ struct Call {
   const u16* q;             // [B, HQ, D]
   const void* gates;        // [B, HQ, 3]
   const int* lengths;       // [B]
-  float* weights;           // [pairs, tiles, ROWS, PER_TILE]: of each selection block, in the order of `block_at`
-  float* peaks;             // [pairs, tiles, ROWS], the maximum that a tile's weights refer to, in units of log2
-  float* edges;             // as peaks: what a tile hands to the first selection block of the next
+  float* kept;              // [pairs, tiles, KEPT], or null where shared memory has room for it
   u16* o;                   // [B, HQ, D]
   int* indices;             // [B, HK, n]
   int heads, kv_heads, group;
@@ -161,9 +163,13 @@ __device__ __forceinline__ void attend(float (&s)[8][4], Ring<SLOTS>& ring, u32 
 // Where a tile's selection block lies among its weights: so each lane has four neighbouring ones.
 __device__ __forceinline__ int block_at(int place) { return (place & 7) * 2 + (place >> 3); }
 
-// A tile's probabilities, added up by selection block, with the maximum that they refer to: equation 9, in which a compressed block
-// counts once for each of its strides that lie in the selection block, the last one's second stride for the next.
-__device__ __forceinline__ void keep(const float (&s)[8][4], const Rows& x, const Call& c, i64 tile, int lane) {
+// What is kept of a tile, in KEPT numbers: of each row and selection block a weight, [ROWS][PER_TILE] in the order of `block_at`;
+// the maximum that a row's weights refer to, [ROWS], in units of log2; and what it hands to the first block of the next, [ROWS].
+constexpr int PEAKS = ROWS * PER_TILE, EDGES = PEAKS + ROWS;
+
+// A tile's probabilities, added up by selection block: equation 9, in which a compressed block counts once for each of its strides
+// that lie in the selection block, the last one's second stride for the next.
+__device__ __forceinline__ void keep(const float (&s)[8][4], const Rows& x, float* kept, int lane) {
   const int part = lane & 3, row = lane >> 2;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -177,10 +183,10 @@ __device__ __forceinline__ void keep(const float (&s)[8][4], const Rows& x, cons
       if ((part & 1) == i / 4) sums[i % 4] = sum;
       before = b;
     }
-    const i64 at = tile * ROWS + row + 8 * h;
-    reinterpret_cast<float4*>(c.weights + at * PER_TILE)[(part >> 1) * 2 + (part & 1)] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-    if (part == 3) c.edges[at] = before;
-    if (part == 0) c.peaks[at] = x.m[h];
+    const int r = row + 8 * h;
+    reinterpret_cast<float4*>(kept)[r * (PER_TILE / 4) + part] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    if (part == 3) kept[EDGES + r] = before;
+    if (part == 0) kept[PEAKS + r] = x.m[h];
   }
 }
 
@@ -190,10 +196,10 @@ __device__ __forceinline__ float gate(const Call& c, i64 i) {
   return c.wide_gates ? static_cast<const float*>(c.gates)[i] : widen(static_cast<const u16*>(c.gates)[i]);
 }
 
-// All warps' rows of branch `which`, times its gate over the softmax's sum, into `out`: of row thread / 16, of each PART of the
-// columns two. The rows' lse stays in shared memory.
-__device__ __forceinline__ void end_branch(int which, Rows& x, float (&out)[D / PART][2], u32 slots, const Call& c, const Work& w,
-                                           int warp, int lane) {
+// All warps' rows, times the branch's gates over the softmax's sum, into `out`: of row thread / 16, of each PART of the columns two.
+// The rows' lse stays in shared memory.
+__device__ __forceinline__ void end_branch(const float (&gates)[2], Rows& x, float (&out)[D / PART][2], u32 slots, int warp,
+                                           int lane) {
   const int row = lane >> 2, part = lane & 3, thread = warp * 32 + lane;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -212,8 +218,7 @@ __device__ __forceinline__ void end_branch(int which, Rows& x, float (&out)[D / 
       const float2 its = at<float2>(slots, STATS, i * ROWS + r);
       if (its.y > 0) sum += its.y * exp2_fast(its.x - most);
     }
-    const bool any = x.l[h] > 0 && r < c.group;
-    share[h] = any ? gate(c, ((i64)w.batch * c.heads + w.hk * c.group + r) * 3 + which) * exp2_fast(x.m[h] - most) / sum : 0;
+    share[h] = x.l[h] > 0 ? gates[h] * exp2_fast(x.m[h] - most) / sum : 0;
     if (warp == 0 && part == 0) at<float>(slots, LSE, r) = most + log2_fast(sum);
   }
 #pragma unroll
@@ -238,28 +243,38 @@ __device__ __forceinline__ void end_branch(int which, Rows& x, float (&out)[D / 
 
 // ---- the choice
 
-// How each of the pair's selection blocks ranks, as integers: the bits of its importance, or FORCED.
-__device__ __forceinline__ void rank_blocks(const Call& c, const Work& w, u32 slots, int thread) {
+// How each of the pair's selection blocks ranks, as integers: the bits of its importance, or FORCED. Of `kept`, maxima become what
+// makes probabilities of the weights.
+__device__ __forceinline__ void rank_blocks(float* kept, const Call& c, const Work& w, u32 slots, int thread) {
+  for (int i = thread; i < w.tiles * ROWS; i += MULTIPLY) {
+    float* peak = kept + i / ROWS * KEPT + PEAKS + i % ROWS;
+    *peak = i % ROWS < c.group ? exp2_fast(*peak - at<float>(slots, LSE, i % ROWS)) : 0;
+  }
+  multiplying_warps();
   for (int i = thread; i <= w.tiles * PER_TILE; i += MULTIPLY) {
     const int tile = i / PER_TILE, place = i % PER_TILE, block = tile * PER_TILE + block_at(place);
     if (block > w.own) continue;
     float sum = 0;
     if (tile < w.tiles) {
-      const i64 first = ((i64)blockIdx.x * c.tiles + tile) * ROWS;
-      const bool handed = place == 0 && tile > 0;
+      const float* its = kept + tile * KEPT;
+      float weights[ROWS], factors[ROWS], rest = 0;
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
-        if (r >= c.group) break;
-        const float lse = at<float>(slots, LSE, r), peak = c.peaks[first + r];
-        float weight = c.weights[(first + r) * PER_TILE + place], rest = 0;
-        if (handed) {
-          const float edge = c.edges[first - ROWS + r], its_peak = c.peaks[first - ROWS + r];
-          // Blocks that tie must agree in their last bit, so what comes in two parts is added up first where it can be.
-          if (its_peak == peak) weight += edge;
-          else rest = edge * exp2_fast(its_peak - lse);
-        }
-        sum += weight * exp2_fast(peak - lse) + rest;
+        weights[r] = its[r * PER_TILE + place];
+        factors[r] = its[PEAKS + r];
       }
+      if (place == 0 && tile > 0) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+          const float edge = its[EDGES + r - KEPT], factor = its[PEAKS + r - KEPT];
+          // Blocks that tie must agree in their last bit, so what comes in two parts is added up first where it can be.
+          if (factor == factors[r]) weights[r] += edge;
+          else rest += edge * factor;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) sum += weights[r] * factors[r];
+      sum += rest;
     }
     const bool forced = block < c.num_initial || block > w.own - c.num_local;
     at<int>(slots, SPACE, block) = forced ? FORCED : __float_as_int(sum);
@@ -274,21 +289,25 @@ __device__ __forceinline__ int reached(u32 slots, int count, int least, int lane
   return __reduce_add_sync(~0u, some);
 }
 
-// By a warp: the `n` highest of `count` ranks to the list, ascending, of those that tie the first.
-__device__ __forceinline__ void choose(u32 slots, int count, int n, int lane) {
-  int top = -1;
-  for (int i = lane; i < count; i += 32) top = max(top, at<int>(slots, SPACE, i));
-  // Between `low`, which n or more reach, and `high`, which fewer do. The n-th highest of the lanes' own highest is such a `low`.
-  int low = 0, high = __reduce_max_sync(~0u, top) + 1, c_high = 0;
-  for (int bit = 1 << 30; bit > 0; bit >>= 1)
-    if (__popc(__ballot_sync(~0u, top >= (low | bit))) >= n) low |= bit;
-  int c_low = count <= n ? n : reached(slots, count, low, lane);
-  while (c_low != n && high - low > 1) {
+// How many lanes have a higher rank than this one, or as high a one and come before it.
+__device__ __forceinline__ int ahead_of(int rank, int lane) {
+  int ahead = 0;
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    const int other = __shfl_sync(~0u, rank, i);
+    ahead += other > rank || (other == rank && i < lane);
+  }
+  return ahead;
+}
+
+// The `n` highest of `count` ranks, which `low` is not above, to the list; how many they are.
+__device__ __forceinline__ int choose_of_many(u32 slots, int count, int low, int high, int n, int lane) {
+  int c_low = reached(slots, count, low, lane), c_high = 0;
+  while (c_low != n && high - low > 1) {  // n or more reach `low`, fewer `high`
     const int middle = low + (high - low) / 2, some = reached(slots, count, middle, lane);
     if (some >= n) low = middle, c_low = some;
     else high = middle, c_high = some;
   }
-  if (count <= n) low = 0;
   // All above `low` are chosen, and of those at it the first, as many as there are places left.
   int ties = c_low == n ? n : n - c_high, written = 0;
   const u32 below = (1u << lane) - 1;
@@ -297,12 +316,42 @@ __device__ __forceinline__ void choose(u32 slots, int count, int n, int lane) {
     const u32 level = __ballot_sync(~0u, rank == low);
     const bool taken = rank > low || (rank == low && __popc(level & below) < ties);
     const u32 all = __ballot_sync(~0u, taken);
-    const int place = written + __popc(all & below);
-    if (taken) at<int>(slots, LIST, place) = first + lane;
+    if (taken) at<int>(slots, LIST, written + __popc(all & below)) = first + lane;
     written += __popc(all);
     ties -= __popc(level);
   }
-  if (lane >= written && lane < MOST_CHOSEN) at<int>(slots, LIST, lane) = -1;
+  return written;
+}
+
+// By a warp: the `n` highest of `count` ranks to the list, ascending, of those that tie the first.
+__device__ __forceinline__ void choose(u32 slots, int count, int n, int lane) {
+  int top = -1;
+#pragma unroll 8
+  for (int i = lane; i < count; i += 32) top = max(top, at<int>(slots, SPACE, i));
+  // The n-th highest of the lanes' own highest: n ranks or more reach it, mostly few more.
+  const int low = max(0, __shfl_sync(~0u, top, __ffs(__ballot_sync(~0u, ahead_of(top, lane) == n - 1)) - 1));
+  const u32 below = (1u << lane) - 1;
+  int some = 0;
+#pragma unroll 4
+  for (int first = 0; first < count; first += 32) {
+    const int rank = first + lane < count ? at<int>(slots, SPACE, first + lane) : -1;
+    const u32 all = __ballot_sync(~0u, rank >= low);
+    const int place = some + __popc(all & below);
+    if (rank >= low && place < 32) at<int2>(slots, FEW, place) = make_int2(rank, first + lane);
+    some += __popc(all);
+  }
+  __syncwarp();
+  int written;
+  if (some <= 32) {
+    const int2 its = lane < some ? at<int2>(slots, FEW, lane) : make_int2(-1, -1);
+    const bool taken = ahead_of(its.x, lane) < n && lane < some;
+    const u32 all = __ballot_sync(~0u, taken);
+    if (taken) at<int>(slots, LIST, __popc(all & below)) = its.y;
+    written = __popc(all);
+  } else {
+    written = choose_of_many(slots, count, low, __reduce_max_sync(~0u, top) + 1, n, lane);
+  }
+  if (lane >= written) at<int>(slots, LIST, lane) = -1;
 }
 
 // ---- all of it
@@ -323,6 +372,15 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
   const u32 slots = ring.slots;
   Left left;
   take_queries(left, c, w, lane);
+  float gates[3][2];
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+      const int row = (lane >> 2) + 8 * h;
+      gates[i][h] = row < c.group ? gate(c, ((i64)w.batch * c.heads + w.hk * c.group + row) * 3 + i) : 0;
+    }
+  float* kept = c.kept ? c.kept + (i64)blockIdx.x * c.tiles * KEPT : &at<float>(slots, NEAR, 0);
   float out[D / PART][2] = {}, s[8][4];
   Rows x;
 
@@ -331,10 +389,10 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
   for (int t = warp; t < w.tiles; t += WARPS) {
     const int end = w.blocks - t * SIZE;
     attend(s, ring, 2 * t, end >= SIZE, [&](int i) { return i < end; }, x, left, c.scale, lane);
-    keep(s, x, c, (i64)blockIdx.x * c.tiles + t, lane);
+    keep(s, x, kept + t * KEPT, lane);
   }
-  end_branch(0, x, out, slots, c, w, warp, lane);
-  rank_blocks(c, w, slots, warp * 32 + lane);
+  end_branch(gates[0], x, out, slots, warp, lane);
+  rank_blocks(kept, c, w, slots, warp * 32 + lane);
   multiplying_warps();
 
   reset(x);
@@ -356,7 +414,7 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
     whose = whose == WARPS - 1 ? 1 : whose + 1;
     load += 2;
   }
-  end_branch(2, x, out, slots, c, w, warp, lane);
+  end_branch(gates[2], x, out, slots, warp, lane);
 
   reset(x);
   barrier_wait(slots + CHOSEN, 0);
@@ -367,7 +425,7 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
     const int end = w.tokens - block * SIZE;
     attend(s, ring, load + 2 * i, end >= SIZE, [&](int row) { return row < end; }, x, left, c.scale, lane);
   }
-  end_branch(1, x, out, slots, c, w, warp, lane);
+  end_branch(gates[1], x, out, slots, warp, lane);
 
   const int row = warp * 2 + lane / 16;
   if (row < c.group) {
@@ -388,6 +446,7 @@ decode_step(const __grid_constant__ TensorMap k_cmp, const __grid_constant__ Ten
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) barrier_init(ring.slots + CHOSEN, 1);
   ring.begin(WARPS);
+  wait_for_inputs();  // the launch before may not have ended
   // Registers move only within what the CTA was given: 12 warps of 168.
   if (warp >= WARPS) {
     fewer_registers<24>();

@@ -19,9 +19,11 @@ from nsa.kernels.cuda.selected_lists import options
 from nsa.kernels.triton.tile import LOG2E
 
 THREADS = 384
-# The ring, 12 tiles of 16 KiB or more smaller ones, what warps give each other, the barriers, and what aligning takes.
-SHARED = 12 * (16 << 10) + 8 * ROWS * 40 * 4 + 2048 + 1024
-LENGTH, STRIDE, PER_TILE = 32, 16, 16  # of compressed blocks, and selection blocks that begin in a tile of these
+LENGTH, STRIDE = 32, 16  # of compressed blocks
+NEAR_TILES, KEPT = 66, ROWS * (16 + 2)  # tiles whose weights shared memory has room for, and numbers kept of a tile
+# The ring, 8 tiles of 16 KiB or more smaller ones, what warps give each other, those weights, the barriers, and what aligning
+# takes.
+SHARED = 8 * (16 << 10) + 8 * ROWS * 40 * 4 + NEAR_TILES * KEPT * 4 + 2048 + 1024
 MOST_BLOCKS, MOST_CHOSEN = 4096, 32
 HEAD_DIMS = (64, 128)
 
@@ -31,7 +33,7 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "q", "gates", "lengths", "weights", "peaks", "edges", "o", "indices",
+            "q", "gates", "lengths", "kept", "o", "indices",
         )),
         *((name, ctypes.c_int) for name in (
             "heads", "kv_heads", "group", "tiles", "rows", "slots", "window", "n", "num_initial", "num_local", "wide_gates",
@@ -86,12 +88,12 @@ def decode_step(
     k_slc, v_slc, k_cmp, v_cmp = pools
     kv_heads, tiles = cfg.num_kv_heads, -(-k_cmp.shape[1] // SIZE)
     pairs = batch * kv_heads
-    peaks, edges = torch.empty(2, pairs, tiles, ROWS, dtype=torch.float32, device=q.device)
-    weights = torch.empty(pairs, tiles, ROWS, PER_TILE, dtype=torch.float32, device=q.device)
+    kept = torch.empty(pairs, tiles, KEPT, dtype=torch.float32, device=q.device) if tiles > NEAR_TILES else None
     o = torch.empty(batch, 1, heads, dim, dtype=q.dtype, device=q.device)
     indices = torch.empty(batch, 1, kv_heads, cfg.num_selected_blocks, dtype=torch.int32, device=q.device)
     call = Call(
-        *(x.data_ptr() for x in (q, gates, lengths, weights, peaks, edges, o, indices)),
+        q.data_ptr(), gates.data_ptr(), lengths.data_ptr(), None if kept is None else kept.data_ptr(), o.data_ptr(),
+        indices.data_ptr(),
         heads, kv_heads, cfg.group_size, tiles, k_slc.shape[1], rings[0].shape[1], cfg.window_size, cfg.num_selected_blocks,
         cfg.num_initial_blocks, cfg.num_local_blocks, gates.dtype == torch.float32, cfg.softmax_scale * LOG2E.value, 0,
     )  # fmt: skip
@@ -102,5 +104,5 @@ def decode_step(
         driver.describe(at, x, SIZE, 1)
     driver.enter(q.device.index)
     if pairs:
-        kernel.launch((pairs, 1), SHARED, [*maps, ctypes.addressof(call)])
+        kernel.launch((pairs, 1), SHARED, [*maps, ctypes.addressof(call)], early=True)
     return o, indices

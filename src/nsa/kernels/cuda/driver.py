@@ -14,8 +14,26 @@ from nsa.kernels.cuda.nvrtc import Unavailable
 MAP_BYTES = 128
 COLUMNS = 64  # that the widest swizzle takes
 MAX_DYNAMIC_SHARED = 8  # a function's attribute
+STARTS_EARLY = 6  # a launch's: programmatic stream serialization
 FLOAT16, BFLOAT16 = 6, 9  # element types of a map
 NO_INTERLEAVE, SWIZZLE_128, PROMOTE_256, FILL_ZEROS = 0, 3, 3, 0
+
+
+class Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``: a union of 64 bytes, of which what is used here is a number."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("_rest", ctypes.c_int * 15))
+
+
+class Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    )
 
 
 @functools.cache
@@ -27,11 +45,11 @@ def library() -> ctypes.CDLL:
     """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
-        encode = cuda.cuTensorMapEncodeTiled
+        encode, _ = cuda.cuTensorMapEncodeTiled, cuda.cuLaunchKernelEx
     except (OSError, AttributeError) as error:
         raise Unavailable(f"the driver can't be used: {error}") from error
     number, address = ctypes.c_uint, ctypes.c_void_p
-    cuda.cuLaunchKernel.argtypes = [address, *[number] * 7, address, address, address]
+    cuda.cuLaunchKernelEx.argtypes = [address] * 4
     encode.argtypes = [address, ctypes.c_int, number, *[address] * 5, *[ctypes.c_int] * 4]
     return cuda
 
@@ -67,13 +85,16 @@ class Kernel:
         if shared:
             check(library().cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared), name)
 
-    def launch(self, grid: tuple[int, int], shared: int, arguments: Sequence[int]) -> None:
-        """On PyTorch's current stream; ``arguments`` are the addresses of the parameters, which are copied here and now."""
+    def launch(self, grid: tuple[int, int], shared: int, arguments: Sequence[int], early: bool = False) -> None:
+        """On PyTorch's current stream; ``arguments`` are the addresses of the parameters, which are copied here and now.
+
+        ``early``: it may start before the launch ahead of it has ended, and waits for that itself.
+        """
         stream = torch.cuda.current_stream().cuda_stream
         parameters = (ctypes.c_void_p * len(arguments))(*arguments)
-        check(library().cuLaunchKernel(
-            self.function, *grid, 1, self.threads, 1, 1, shared, stream, parameters, None
-        ), f"launching {self.name}")  # fmt: skip
+        allowed = Attribute(id=STARTS_EARLY, value=1)
+        config = Config(*grid, 1, self.threads, 1, 1, shared, stream, ctypes.addressof(allowed) if early else None, int(early))
+        check(library().cuLaunchKernelEx(ctypes.byref(config), self.function, parameters, None), f"launching {self.name}")
 
 
 def load(code: bytes, device: int) -> ctypes.c_void_p:

@@ -131,6 +131,9 @@ __device__ __forceinline__ float widen(u16 x) {
   return y;
 }
 
+// Until every launch before this one has ended and what it wrote can be read.
+__device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 template <int N>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
