@@ -37,23 +37,21 @@ from nsa.kernels.triton.sequence import Spans, new_gradient
 
 @gluon.jit
 def _load(count, where, shape, descs, buffers, bars,
-          HEADS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr,
-          PACKED: gl.constexpr, TABLE: gl.constexpr):  # fmt: skip
+          HEADS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, HELD: gl.constexpr, STAGES: gl.constexpr,
+          WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr):  # fmt: skip
     """The loading warp: each tile's queries and gradients, then its keys and values from the last tile down."""
     q_desc, g_desc, k_desc, v_desc = descs
     q_buf, g_buf, k_buf, v_buf, out_buf = buffers
     q_full, q_empty, kv_full, kv_empty, blanked = bars
+    into = (q_buf, g_buf, q_full.index(0), q_empty.index(0))
     used = 0
     turn = 0
     for number in range(gl.program_id(0), count, gl.num_programs(0)):
         batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = query_tile(
             number, where, shape, HEADS, BN, WINDOWED, PACKED, TABLE)  # fmt: skip
         hk = h // shape[1]
-        mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
-        mbarrier.expect(q_full.index(0), GROUPS * (PIECES * q_desc.block_type.nbytes + g_desc.block_type.nbytes))
-        for c in gl.static_range(GROUPS):
-            load_tile(q_desc, batch, q_row + c * (ROWS // HEADS), h, q_full.index(0), q_buf, c, PIECES)
-            load_async(g_desc, [batch, q_row + c * (ROWS // HEADS), h, 0], q_full.index(0), g_buf.index(c))
+        if HELD:
+            _load_queries(q_desc, g_desc, into, batch, q_row, h, turn, HEADS, PIECES)
         for i in range(high - low):
             n = k_row + (high - 1 - i) * BN
             slot = used % STAGES
@@ -61,14 +59,26 @@ def _load(count, where, shape, descs, buffers, bars,
             mbarrier.expect(kv_full.index(slot), PIECES * k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             load_tile(k_desc, batch, n, hk, kv_full.index(slot), k_buf, slot, PIECES)
             load_async(v_desc, [batch, n, hk, 0], kv_full.index(slot), v_buf.index(slot))
+            if not HELD and i == 0:  # the tile before is read from its buffer to the end: keys have room sooner
+                _load_queries(q_desc, g_desc, into, batch, q_row, h, turn, HEADS, PIECES)
             used += 1
         turn += 1
 
 
 @gluon.jit
-def _step(j, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
-          MASK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-          S_LAYOUT: gl.constexpr):  # fmt: skip
+def _load_queries(q_desc, g_desc, into, batch, q_row, h, turn, HEADS: gl.constexpr, PIECES: gl.constexpr):
+    q_buf, g_buf, full, empty = into
+    mbarrier.wait(empty, (turn & 1) ^ 1)
+    mbarrier.expect(full, GROUPS * (PIECES * q_desc.block_type.nbytes + g_desc.block_type.nbytes))
+    for c in gl.static_range(GROUPS):
+        load_tile(q_desc, batch, q_row + c * (ROWS // HEADS), h, full, q_buf, c, PIECES)
+        load_async(g_desc, [batch, q_row + c * (ROWS // HEADS), h, 0], full, g_buf.index(c))
+
+
+@gluon.jit
+def _step(j, low, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
+          MASK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, HELD: gl.constexpr,
+          STAGES: gl.constexpr, S_LAYOUT: gl.constexpr):  # fmt: skip
     """Tile ``j`` of the keys into the gradient of 64 rows, in pieces ``acc``."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc[0].type.layout, k_width=2)
     q_full, q_empty, kv_full, kv_empty, blanked = bars
@@ -79,6 +89,8 @@ def _step(j, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, l
     s = scores(queries, k_buf, slot, BN, PIECES, S_LAYOUT)
     dp = warpgroup_mma(gt, vt.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
+    if not HELD:  # the last that reads them
+        mbarrier.arrive(q_empty.index(0), count=1, pred=j == low)
     p = gl.exp2(s * scale - gl.expand_dims(row_shift, 1))
     if MASK:
         keys = gl.expand_dims(j * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT)), 0)
@@ -86,25 +98,24 @@ def _step(j, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, l
     dp = warpgroup_mma_wait(0, deps=(dp,))
     ds = p * (dp - gl.expand_dims(row_delta, 1))
     dst = pinned(gl.convert_layout(ds.to(k_buf.dtype), OPERAND, assert_trivial=True))
-    sums, done = (), ()
-    for p in gl.static_range(PIECES):
-        sums += (warpgroup_mma(dst, k_buf.index(slot * PIECES + p).reshape([BN, D]), acc[p], is_async=True),)
-    for p in gl.static_range(PIECES):
-        done += (warpgroup_mma_wait(PIECES - 1 - p, deps=(sums[p],)),)
+    sums = ()
+    for c in gl.static_range(PIECES):
+        kt = k_buf.index(slot * PIECES + c).reshape([BN, D])
+        sums += (warpgroup_mma(dst, kt, acc[c], is_async=True),)  # type: ignore[assignment]
+    acc = [warpgroup_mma_wait(0, deps=(x,)) for x in sums]  # type: ignore[var-annotated]
     dst = pinned(dst)
     mbarrier.arrive(kv_empty.index(slot), count=1)
-    return done
+    return acc
 
 
 @gluon.jit
 def _gradients(count, where, shape, scale, softmax_scale, shift, delta, dq_desc, dq, add, strides, buffers, bars,
                C: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PIECES: gl.constexpr,
-               DV: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr,
-               RAGGED: gl.constexpr):  # fmt: skip
+               DV: gl.constexpr, HELD: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr,
+               TABLE: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
     """Warpgroup ``C``: rows ``64 * C ..`` of every tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    HELD: gl.constexpr = PIECES == 1  # queries are in registers, of which more sums leave too few
     READ: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
     heads, group, length, stride, window = shape
     q_buf, g_buf, k_buf, v_buf, out_buf = buffers
@@ -124,9 +135,7 @@ def _gradients(count, where, shape, scale, softmax_scale, shift, delta, dq_desc,
         stat = batch.to(gl.int64) * stride_lb + (h + row % HEADS) * stride_lh + (q_row + query)
         row_shift = gl.load(shift + stat, mask=keep, other=float("inf"))
         row_delta = gl.load(delta + stat, mask=keep, other=0.0)
-        acc = ()
-        for p in gl.static_range(PIECES):
-            acc += (gl.zeros([ROWS, D], gl.float32, Q_LAYOUT),)
+        acc = (gl.zeros([ROWS, D], gl.float32, Q_LAYOUT),) * PIECES
         mbarrier.wait(q_full.index(0), turn & 1)
         queries = operands(q_buf, C, PIECES, HELD, READ)
         gt = g_buf.index(C).reshape([ROWS, DV]).load(READ)
@@ -136,8 +145,8 @@ def _gradients(count, where, shape, scale, softmax_scale, shift, delta, dq_desc,
             end = k_len - (high - 1) * BN
             if end < BN:  # each warpgroup its share; neither reads before both are done
                 slot = used % STAGES
-                for p in gl.static_range(PIECES):
-                    kt = k_buf.index(slot * PIECES + p).reshape([BN, D])
+                for c in gl.static_range(PIECES):
+                    kt = k_buf.index(slot * PIECES + c).reshape([BN, D])
                     blank_past(end, kt, kv_full.index(slot), phase(used, STAGES), C, BN // GROUPS)
                 vt = v_buf.index(slot).reshape([BN, DV])
                 blank_past(end, vt, kv_full.index(slot), phase(used, STAGES), C, BN // GROUPS)
@@ -145,38 +154,34 @@ def _gradients(count, where, shape, scale, softmax_scale, shift, delta, dq_desc,
                 mbarrier.wait(blanked.index(0), blanks & 1)
                 blanks += 1
         for i in range(high - mid1):
-            acc = _step(high - 1 - i, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
-                        True, BN, D, PIECES, DV, STAGES, S_LAYOUT)  # fmt: skip
+            acc = _step(high - 1 - i, low, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
+                        True, BN, D, PIECES, DV, HELD, STAGES, S_LAYOUT)  # fmt: skip
             used += 1
         for i in range(mid1 - mid0):
-            acc = _step(mid1 - 1 - i, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
-                        False, BN, D, PIECES, DV, STAGES, S_LAYOUT)  # fmt: skip
+            acc = _step(mid1 - 1 - i, low, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
+                        False, BN, D, PIECES, DV, HELD, STAGES, S_LAYOUT)  # fmt: skip
             used += 1
         if WINDOWED:
             for i in range(mid0 - low):
-                acc = _step(mid0 - 1 - i, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
-                            True, BN, D, PIECES, DV, STAGES, S_LAYOUT)  # fmt: skip
+                acc = _step(mid0 - 1 - i, low, used, acc, queries, gt, k_buf, v_buf, bars, row_shift, row_delta, lo, hi, scale,
+                            True, BN, D, PIECES, DV, HELD, STAGES, S_LAYOUT)  # fmt: skip
                 used += 1
-        if not HELD:
-            mbarrier.arrive(q_empty.index(0), count=1)
         its_shift = gl.expand_dims(gl.convert_layout(row_shift, gl.SliceLayout(1, Q_LAYOUT), assert_trivial=True), 1)
-        out = ()
-        for p in gl.static_range(PIECES):
-            out += (gated(acc[p] * softmax_scale, its_shift),)
+        acc = [gated(x * softmax_scale, its_shift) for x in acc]
         first = C * (ROWS // HEADS)
         if (add == 0) & (start + first + ROWS // HEADS <= q_len):
-            store_tile(dq_desc, batch, q_row + first, h, out_buf.index(C), out)
+            store_tile(dq_desc, batch, q_row + first, h, out_buf.index(C), acc)
         else:  # to what is there, or past the sequence's end, of which a descriptor knows nothing
             row_q = gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
             at = dq + batch.to(gl.int64) * stride_db + (q_row + first + row_q // HEADS).to(gl.int64) * stride_dt
             at = gl.expand_dims(at + (h + row_q % HEADS) * stride_dh, 1)
             at += gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
             inside = gl.expand_dims(start + first + row_q // HEADS < q_len, 1)
-            for p in gl.static_range(PIECES):
-                x = out[p]
+            for c in gl.static_range(PIECES):
+                x = acc[c]
                 if add != 0:
-                    x += gl.load(at + p * D, mask=inside, other=0.0).to(gl.float32)
-                gl.store(at + p * D, x.to(out_buf.dtype), mask=inside)
+                    x += gl.load(at + c * D, mask=inside, other=0.0).to(gl.float32)
+                gl.store(at + c * D, x.to(out_buf.dtype), mask=inside)
         turn += 1
     tma.store_wait(0)
 
@@ -191,6 +196,7 @@ def interval_dq_kernel(
     WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = q_desc.dtype
+    HELD: gl.constexpr = PIECES == 1  # queries are in registers, of which more sums leave too few
     q_buf = gl.allocate_shared_memory(TYPE, [GROUPS * PIECES, 1, ROWS // HEADS, HEADS, D], q_desc.layout)
     g_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS // HEADS, HEADS, DV], g_desc.layout)
     k_buf = gl.allocate_shared_memory(TYPE, [STAGES * PIECES, 1, BN, 1, D], k_desc.layout)
@@ -205,11 +211,11 @@ def interval_dq_kernel(
     gl.warp_specialize(
         [
             (_gradients, (count, where, shape, scale, softmax_scale, shift, delta, dq_desc, dq, add, strides, buffers, bars,
-                          0, HEADS, BN, D, PIECES, DV, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
+                          0, HEADS, BN, D, PIECES, DV, HELD, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
             (_gradients, (count, where, shape, scale, softmax_scale, shift, delta, dq_desc, dq, add, strides, buffers, bars,
-                          1, HEADS, BN, D, PIECES, DV, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
+                          1, HEADS, BN, D, PIECES, DV, HELD, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
             (_load, (count, where, shape, (q_desc, g_desc, k_desc, v_desc), buffers, bars,
-                     HEADS, BN, PIECES, STAGES, WINDOWED, PACKED, TABLE)),
+                     HEADS, BN, PIECES, HELD, STAGES, WINDOWED, PACKED, TABLE)),
         ],
         [4, 1],
         [240, 24],

@@ -42,8 +42,8 @@ from nsa.kernels.triton.sequence import Spans
 
 @gluon.jit
 def _load(count, where, shape, descs, buffers, bars,
-          HEADS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, SIDES: gl.constexpr, STAGES: gl.constexpr,
-          WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr):  # fmt: skip
+          HEADS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr,
+          STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr):  # fmt: skip
     """The loading warp: each tile's queries, then its keys and values from the last tile down, values one tile behind."""
     q_desc, k_desc, v_desc = descs
     q_buf, k_buf, v_buf = buffers
@@ -54,23 +54,31 @@ def _load(count, where, shape, descs, buffers, bars,
         batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = query_tile(
             number, where, shape, HEADS, BN, WINDOWED, PACKED, TABLE)  # fmt: skip
         hk = h // shape[1]
-        side = turn % SIDES
-        mbarrier.wait(q_empty.index(side), phase(turn, SIDES) ^ 1)
-        mbarrier.expect(q_full.index(side), GROUPS * PIECES * q_desc.block_type.nbytes)
-        for c in gl.static_range(GROUPS):
-            its_row = q_row + c * (ROWS // HEADS)
-            load_tile(q_desc, batch, its_row, h, q_full.index(side), q_buf, side * GROUPS + c, PIECES)
+        if HELD:
+            _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn, HEADS, PIECES, SIDES)
         for i in range(high - low):
             n = k_row + (high - 1 - i) * BN
             slot = used % STAGES
             mbarrier.wait(k_empty.index(slot), phase(used, STAGES) ^ 1)
             mbarrier.expect(k_full.index(slot), PIECES * k_desc.block_type.nbytes)
             load_tile(k_desc, batch, n, hk, k_full.index(slot), k_buf, slot, PIECES)
+            if not HELD and i == 0:  # the tile before is read from its buffer to the end: keys have room sooner
+                _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn, HEADS, PIECES, SIDES)
             if i > 0:
                 _load_values(v_desc, v_buf, v_full, v_empty, batch, n + BN, hk, used - 1, STAGES)
             used += 1
         _load_values(v_desc, v_buf, v_full, v_empty, batch, k_row + low * BN, hk, used - 1, STAGES)
         turn += 1
+
+
+@gluon.jit
+def _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn,
+                  HEADS: gl.constexpr, PIECES: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+    side = turn % SIDES
+    mbarrier.wait(q_empty.index(side), phase(turn, SIDES) ^ 1)
+    mbarrier.expect(q_full.index(side), GROUPS * PIECES * q_desc.block_type.nbytes)
+    for c in gl.static_range(GROUPS):
+        load_tile(q_desc, batch, q_row + c * (ROWS // HEADS), h, q_full.index(side), q_buf, side * GROUPS + c, PIECES)
 
 
 @gluon.jit
@@ -117,7 +125,7 @@ def _masked(s, j, lo, hi, BN: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _pieces(x, PIECES: gl.constexpr):
-    """``x`` or, of two pieces, its left and its right columns."""
+    """``x``, or of two pieces its left and its right columns."""
     if PIECES == 1:
         return (x,)
     else:
@@ -247,7 +255,7 @@ def interval_forward_kernel(
             (_attend, (count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf, bars,
                        1, HEADS, BN, PIECES, DV, HELD, SIDES, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
             (_load, (count, where, shape, (q_desc, k_desc, v_desc), buffers, bars,
-                     HEADS, BN, PIECES, SIDES, STAGES, WINDOWED, PACKED, TABLE)),
+                     HEADS, BN, PIECES, HELD, SIDES, STAGES, WINDOWED, PACKED, TABLE)),
         ],
         [4, 1],
         [240, 24],
@@ -272,9 +280,10 @@ def interval_forward(
     count = tiles.count * (heads // side)
     if count == 0:
         return o, lse
+    box = queries // GROUPS.value, side
     interval_forward_kernel[(min(count, tuning.multiprocessors(q.device)),)](
-        boxes(q, queries // GROUPS.value, side, columns), boxes(k, tune.block_n, columns=columns), boxes(v, tune.block_n),
-        boxes(o, queries // GROUPS.value, side, value_dim if columns == dim else columns), o, lse, *o.stride()[:3], *lse.stride()[:2],
+        boxes(q, *box, columns), boxes(k, tune.block_n, columns=columns), boxes(v, tune.block_n),
+        boxes(o, *box, value_dim if columns == dim else columns), o, lse, *o.stride()[:3], *lse.stride()[:2],
         count, tiles.count, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         heads, group, length, stride, window, softmax_scale * LOG2E.value,
         D=columns, PIECES=dim // columns, DV=value_dim, HEADS=side, BN=tune.block_n, STAGES=tune.num_stages,

@@ -1,7 +1,7 @@
 """Tiles of queries and keys: what the forward on Hopper and the gradient of its queries share.
 
-A row is a query and one of ``HEADS`` heads that lie side by side. Tiles' sides are powers of two: where the columns of queries and
-keys are not, a tile is ``PIECES`` buffers side by side, each of ``D`` columns.
+A row is a query and one of ``HEADS`` heads that lie side by side. A tensor's sides are powers of two: where the head dim of
+queries and keys is not, a tile of them is ``PIECES`` buffers of ``D`` columns each.
 """
 
 from __future__ import annotations
@@ -59,21 +59,18 @@ def piece(dim: int) -> int:
 
 @gluon.jit
 def load_tile(desc, batch, row, h, full, buf, tile, PIECES: gl.constexpr):
-    """Start the copy of all pieces into the buffers of ``tile``."""
-    for p in gl.static_range(PIECES):
-        load_async(desc, [batch, row, h, p * buf.shape[4]], full, buf.index(tile * PIECES + p))
+    """Start the copies of all its pieces into the buffers of ``tile``."""
+    for c in gl.static_range(PIECES):
+        load_async(desc, [batch, row, h, c * buf.shape[4]], full, buf.index(tile * PIECES + c))
 
 
 @gluon.jit
 def operands(buf, tile, PIECES: gl.constexpr, HELD: gl.constexpr, LAYOUT: gl.constexpr):
     """A tile's pieces as left operands: in registers if ``HELD``, else where they are."""
     pieces = ()
-    for p in gl.static_range(PIECES):
-        x = buf.index(tile * PIECES + p).reshape([ROWS, buf.shape[4]])
-        if HELD:
-            pieces += (x.load(LAYOUT),)
-        else:
-            pieces += (x,)
+    for c in gl.static_range(PIECES):
+        x = buf.index(tile * PIECES + c).reshape([ROWS, buf.shape[4]])
+        pieces += (x.load(LAYOUT) if HELD else x,)  # type: ignore[assignment]
     return pieces
 
 
@@ -81,17 +78,17 @@ def operands(buf, tile, PIECES: gl.constexpr, HELD: gl.constexpr, LAYOUT: gl.con
 def scores(queries, k_buf, tile, BN: gl.constexpr, PIECES: gl.constexpr, LAYOUT: gl.constexpr):
     """The products of ``queries``, operands, with a tile of keys: in flight."""
     s = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
-    for p in gl.static_range(PIECES):
-        kt = k_buf.index(tile * PIECES + p).reshape([BN, k_buf.shape[4]]).permute((1, 0))
-        s = warpgroup_mma(queries[p], kt, s, use_acc=p > 0, is_async=True)
+    for c in gl.static_range(PIECES):
+        kt = k_buf.index(tile * PIECES + c).reshape([BN, k_buf.shape[4]]).permute((1, 0))
+        s = warpgroup_mma(queries[c], kt, s, use_acc=c > 0, is_async=True)
     return s
 
 
 @gluon.jit
 def store_tile(desc, batch, row, h, buf, pieces):
-    """Start the copy of ``pieces`` side by side, which go through one buffer in turns."""
-    for p in gl.static_range(len(pieces)):
+    """Start the copies of ``pieces``, side by side in ``desc``'s tensor, all through one buffer."""
+    for c in gl.static_range(len(pieces)):
         tma.store_wait(0)
-        buf.reshape([ROWS, buf.shape[3]]).store(pieces[p].to(buf.dtype))
+        buf.reshape([ROWS, buf.shape[3]]).store(pieces[c].to(buf.dtype))
         fence_async_shared()
-        store_async(desc, [batch, row, h, p * buf.shape[3]], buf)
+        store_async(desc, [batch, row, h, c * buf.shape[3]], buf)
