@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import tuning
-from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS, query_tile
+from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS, load_tile, operands, piece, query_tile, scores, store_tile
 from nsa.kernels.hopper.pipeline import (
     LN2,
     LOG2E,
@@ -36,17 +36,14 @@ from nsa.kernels.hopper.pipeline import (
     load_async,
     phase,
     pinned,
-    store_async,
 )
 from nsa.kernels.triton.sequence import Spans
-
-SIDES = gl.constexpr(2)  # tiles of queries: the next one's come while one is computed
 
 
 @gluon.jit
 def _load(count, where, shape, descs, buffers, bars,
-          HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr,
-          TABLE: gl.constexpr):  # fmt: skip
+          HEADS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr,
+          STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr):  # fmt: skip
     """The loading warp: each tile's queries, then its keys and values from the last tile down, values one tile behind."""
     q_desc, k_desc, v_desc = descs
     q_buf, k_buf, v_buf = buffers
@@ -57,23 +54,31 @@ def _load(count, where, shape, descs, buffers, bars,
         batch, q_row, start, q_len, k_row, k_len, offset, h, low, mid0, mid1, high = query_tile(
             number, where, shape, HEADS, BN, WINDOWED, PACKED, TABLE)  # fmt: skip
         hk = h // shape[1]
-        side = turn % SIDES
-        mbarrier.wait(q_empty.index(side), phase(turn, SIDES) ^ 1)
-        mbarrier.expect(q_full.index(side), GROUPS * q_desc.block_type.nbytes)
-        for c in gl.static_range(GROUPS):
-            q_slot = q_buf.index(side * GROUPS + c)
-            load_async(q_desc, [batch, q_row + c * (ROWS // HEADS), h, 0], q_full.index(side), q_slot)
+        if HELD:
+            _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn, HEADS, PIECES, SIDES)
         for i in range(high - low):
             n = k_row + (high - 1 - i) * BN
             slot = used % STAGES
             mbarrier.wait(k_empty.index(slot), phase(used, STAGES) ^ 1)
-            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            load_async(k_desc, [batch, n, hk, 0], k_full.index(slot), k_buf.index(slot))
+            mbarrier.expect(k_full.index(slot), PIECES * k_desc.block_type.nbytes)
+            load_tile(k_desc, batch, n, hk, k_full.index(slot), k_buf, slot, PIECES)
+            if not HELD and i == 0:  # the tile before is read from its buffer to the end: keys have room sooner
+                _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn, HEADS, PIECES, SIDES)
             if i > 0:
                 _load_values(v_desc, v_buf, v_full, v_empty, batch, n + BN, hk, used - 1, STAGES)
             used += 1
         _load_values(v_desc, v_buf, v_full, v_empty, batch, k_row + low * BN, hk, used - 1, STAGES)
         turn += 1
+
+
+@gluon.jit
+def _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn,
+                  HEADS: gl.constexpr, PIECES: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+    side = turn % SIDES
+    mbarrier.wait(q_empty.index(side), phase(turn, SIDES) ^ 1)
+    mbarrier.expect(q_full.index(side), GROUPS * PIECES * q_desc.block_type.nbytes)
+    for c in gl.static_range(GROUPS):
+        load_tile(q_desc, batch, q_row + c * (ROWS // HEADS), h, q_full.index(side), q_buf, side * GROUPS + c, PIECES)
 
 
 @gluon.jit
@@ -85,14 +90,13 @@ def _load_values(v_desc, v_buf, v_full, v_empty, batch, n, hk, count, STAGES: gl
 
 
 @gluon.jit
-def _step(j, low, qt, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
-          MASK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+def _step(j, low, queries, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
+          MASK: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
           S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):  # fmt: skip
     """Products of tile ``j`` and their softmax, beside the product of the tile before (``pt``) with its values."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty, blanked = bars
     slot, before = used % STAGES, (used - 1) % STAGES
-    kt = k_buf.index(slot).reshape([BN, D]).permute((1, 0))
-    s = warpgroup_mma(qt, kt, gl.zeros([ROWS, BN], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
+    s = scores(queries, k_buf, slot, BN, PIECES, S_LAYOUT)
     mbarrier.wait(v_full.index(before), phase(used - 1, STAGES))
     acc = warpgroup_mma(pt, v_buf.index(before).reshape([BN, DV]), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -120,9 +124,19 @@ def _masked(s, j, lo, hi, BN: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _pieces(x, PIECES: gl.constexpr):
+    """``x``, or of two pieces its left and its right columns."""
+    if PIECES == 1:
+        return (x,)
+    else:
+        return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
 def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf, bars,
-            C: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-            WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
+            C: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr,
+            HELD: gl.constexpr, SIDES: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr,
+            TABLE: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
     """Warpgroup ``C``: rows ``64 * C ..`` of every tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
@@ -144,13 +158,13 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
         lo, hi = first_seen(pos, window, WINDOWED), end_seen(pos, length, stride, k_len)
         side = turn % SIDES
         mbarrier.wait(q_full.index(side), phase(turn, SIDES))
-        qt = q_buf.index(side * GROUPS + C).reshape([ROWS, D]).load(Q_LAYOUT)
-        mbarrier.arrive(q_empty.index(side), count=1)
+        queries = operands(q_buf, side * GROUPS + C, PIECES, HELD, Q_LAYOUT)
+        if HELD:
+            mbarrier.arrive(q_empty.index(side), count=1)
         # The last tile: nothing to accumulate yet.
         slot = used % STAGES
         mbarrier.wait(k_full.index(slot), phase(used, STAGES))
-        kt = k_buf.index(slot).reshape([BN, D]).permute((1, 0))
-        s = warpgroup_mma(qt, kt, gl.zeros([ROWS, BN], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
+        s = scores(queries, k_buf, slot, BN, PIECES, S_LAYOUT)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         s = _masked(s, high - 1, lo, hi, BN, S_LAYOUT)
@@ -170,18 +184,20 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
         used += 1
         mbarrier.wait(k_full.index(used % STAGES), phase(used, STAGES), pred=high - 1 > low)
         for i in range(high - 1 - mid1):
-            pt, acc, m, l = _step(high - 2 - i, low, qt, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
-                                  True, BN, D, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
+            pt, acc, m, l = _step(high - 2 - i, low, queries, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
+                                  True, BN, PIECES, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
             used += 1
         for i in range(mid1 - mid0):
-            pt, acc, m, l = _step(mid1 - 1 - i, low, qt, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
-                                  False, BN, D, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
+            pt, acc, m, l = _step(mid1 - 1 - i, low, queries, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
+                                  False, BN, PIECES, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
             used += 1
         if WINDOWED:
             for i in range(mid0 - low):
-                pt, acc, m, l = _step(mid0 - 1 - i, low, qt, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
-                                      True, BN, D, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
+                pt, acc, m, l = _step(mid0 - 1 - i, low, queries, pt, acc, m, l, k_buf, v_buf, bars, used, lo, hi, scale,
+                                      True, BN, PIECES, DV, STAGES, S_LAYOUT, P_LAYOUT)  # fmt: skip
                 used += 1
+        if not HELD:
+            mbarrier.arrive(q_empty.index(side), count=1)
         slot = (used - 1) % STAGES
         mbarrier.wait(v_full.index(slot), phase(used - 1, STAGES))
         acc = warpgroup_mma(pt, v_buf.index(slot).reshape([BN, DV]), acc, is_async=True)
@@ -196,10 +212,7 @@ def _attend(count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf,
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
         first = C * (ROWS // HEADS)
         if start + first + ROWS // HEADS <= q_len:
-            tma.store_wait(0)
-            o_buf.index(C).reshape([ROWS, DV]).store(acc.to(o_buf.dtype))
-            fence_async_shared()
-            store_async(o_desc, [batch, q_row + first, h, 0], o_buf.index(C))
+            store_tile(o_desc, batch, q_row + first, h, o_buf.index(C), _pieces(acc, DV // o_buf.shape[4]))
         else:  # a descriptor knows where the tensor ends, not where the sequence does
             row_o = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O_LAYOUT))
             at = o + batch.to(gl.int64) * stride_ob + (q_row + first + row_o // HEADS).to(gl.int64) * stride_ot
@@ -217,14 +230,17 @@ def interval_forward_kernel(
     q_desc, k_desc, v_desc, o_desc, o, lse, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     count, tile_count, per_seq, tile_seq, tile_first, table, q_len, k_len, offset,
     heads, group, length, stride, window, scale,
-    D: gl.constexpr, DV: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(TYPE, [SIDES * GROUPS, 1, ROWS // HEADS, HEADS, D], q_desc.layout)
-    k_buf = gl.allocate_shared_memory(TYPE, [STAGES, 1, BN, 1, D], k_desc.layout)
+    # Tiles of queries: the next one's come while one is computed, where it has room.
+    SIDES: gl.constexpr = 2 if PIECES == 1 else 1
+    HELD: gl.constexpr = PIECES * D * BN <= 128 * 128  # queries are in registers, of which larger tiles leave too few
+    q_buf = gl.allocate_shared_memory(TYPE, [SIDES * GROUPS * PIECES, 1, ROWS // HEADS, HEADS, D], q_desc.layout)
+    k_buf = gl.allocate_shared_memory(TYPE, [STAGES * PIECES, 1, BN, 1, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(TYPE, [STAGES, 1, BN, 1, DV], v_desc.layout)
-    o_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS // HEADS, HEADS, DV], o_desc.layout)
+    o_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS // HEADS, HEADS, o_desc.block_type.shape[3]], o_desc.layout)
     bars = (barriers(SIDES, 1), barriers(SIDES, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
             barriers(STAGES, GROUPS), barriers(1, GROUPS))  # fmt: skip
     fence_async_shared()
@@ -235,11 +251,11 @@ def interval_forward_kernel(
     gl.warp_specialize(
         [
             (_attend, (count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf, bars,
-                       0, HEADS, BN, D, DV, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
+                       0, HEADS, BN, PIECES, DV, HELD, SIDES, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
             (_attend, (count, where, shape, scale, o_desc, o, lse, strides, buffers, o_buf, bars,
-                       1, HEADS, BN, D, DV, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
+                       1, HEADS, BN, PIECES, DV, HELD, SIDES, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
             (_load, (count, where, shape, (q_desc, k_desc, v_desc), buffers, bars,
-                     HEADS, BN, STAGES, WINDOWED, PACKED, TABLE)),
+                     HEADS, BN, PIECES, HELD, SIDES, STAGES, WINDOWED, PACKED, TABLE)),
         ],
         [4, 1],
         [240, 24],
@@ -258,18 +274,19 @@ def interval_forward(
         o.zero_()
         lse.fill_(float("-inf"))
     tune = tuning.hopper_interval_forward(window > 0, group)
-    side = tune.heads
+    side, columns = tune.heads, piece(dim)
     queries = GROUPS.value * ROWS.value // side
     tiles = spans.query_tiles(queries)
     count = tiles.count * (heads // side)
     if count == 0:
         return o, lse
+    box = queries // GROUPS.value, side
     interval_forward_kernel[(min(count, tuning.multiprocessors(q.device)),)](
-        boxes(q, queries // GROUPS.value, side), boxes(k, tune.block_n), boxes(v, tune.block_n),
-        boxes(o, queries // GROUPS.value, side), o, lse, *o.stride()[:3], *lse.stride()[:2],
+        boxes(q, *box, columns), boxes(k, tune.block_n, columns=columns), boxes(v, tune.block_n),
+        boxes(o, *box, value_dim if columns == dim else columns), o, lse, *o.stride()[:3], *lse.stride()[:2],
         count, tiles.count, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         heads, group, length, stride, window, softmax_scale * LOG2E.value,
-        D=dim, DV=value_dim, HEADS=side, BN=tune.block_n, STAGES=tune.num_stages,
+        D=columns, PIECES=dim // columns, DV=value_dim, HEADS=side, BN=tune.block_n, STAGES=tune.num_stages,
         WINDOWED=window > 0, PACKED=spans.packed, TABLE=spans.table is not None, RAGGED=not spans.covers_keys,
         num_warps=4,
     )  # fmt: skip

@@ -1,14 +1,16 @@
-"""Which keys a tile of queries sees: what the forward on Hopper and the gradient of its queries share.
+"""Tiles of queries and keys: what the forward on Hopper and the gradient of its queries share.
 
-A row is a query and one of ``HEADS`` heads that lie side by side.
+A row is a query and one of ``HEADS`` heads that lie side by side. A tensor's sides are powers of two: where the head dim of
+queries and keys is not, a tile of them is ``PIECES`` buffers of ``D`` columns each.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
-from nsa.kernels.hopper.pipeline import end_seen, first_seen, locate, span
+from nsa.kernels.hopper.pipeline import end_seen, first_seen, load_async, locate, span, store_async
 
 ROWS = gl.constexpr(64)  # of a warpgroup
 GROUPS = gl.constexpr(2)  # warpgroups
@@ -48,3 +50,45 @@ def query_tile(number, where, shape, HEADS: gl.constexpr, BN: gl.constexpr, WIND
         mid1,
         high,
     )
+
+
+def piece(dim: int) -> int:
+    """Columns of the pieces that tiles of ``dim`` columns are held in."""
+    return dim if dim & (dim - 1) == 0 else 64
+
+
+@gluon.jit
+def load_tile(desc, batch, row, h, full, buf, tile, PIECES: gl.constexpr):
+    """Start the copies of all its pieces into the buffers of ``tile``."""
+    for c in gl.static_range(PIECES):
+        load_async(desc, [batch, row, h, c * buf.shape[4]], full, buf.index(tile * PIECES + c))
+
+
+@gluon.jit
+def operands(buf, tile, PIECES: gl.constexpr, HELD: gl.constexpr, LAYOUT: gl.constexpr):
+    """A tile's pieces as left operands: in registers if ``HELD``, else where they are."""
+    pieces = ()
+    for c in gl.static_range(PIECES):
+        x = buf.index(tile * PIECES + c).reshape([ROWS, buf.shape[4]])
+        pieces += (x.load(LAYOUT) if HELD else x,)  # type: ignore[assignment]
+    return pieces
+
+
+@gluon.jit
+def scores(queries, k_buf, tile, BN: gl.constexpr, PIECES: gl.constexpr, LAYOUT: gl.constexpr):
+    """The products of ``queries``, operands, with a tile of keys: in flight."""
+    s = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
+    for c in gl.static_range(PIECES):
+        kt = k_buf.index(tile * PIECES + c).reshape([BN, k_buf.shape[4]]).permute((1, 0))
+        s = warpgroup_mma(queries[c], kt, s, use_acc=c > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def store_tile(desc, batch, row, h, buf, pieces):
+    """Start the copies of ``pieces``, side by side in ``desc``'s tensor, all through one buffer."""
+    for c in gl.static_range(len(pieces)):
+        tma.store_wait(0)
+        buf.reshape([ROWS, buf.shape[3]]).store(pieces[c].to(buf.dtype))
+        fence_async_shared()
+        store_async(desc, [batch, row, h, c * buf.shape[3]], buf)
