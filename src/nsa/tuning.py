@@ -233,18 +233,22 @@ HOPPER_SELECTED_STAGES = 3  # 14.6 ms random, 10.0 trained-like (2 stages: 14.5,
 
 @dataclass(frozen=True)
 class Gather:
-    """Items of ``split`` queries at most, of which ``num_stages`` tiles are in flight, out of ``chunk`` rows of the queries."""
+    """Items of ``split`` queries at most, of which ``num_stages`` tiles are in flight, out of ``chunk`` rows of the queries. A
+    tile has ``rows`` rows, heads of a few queries or some of one's."""
 
     chunk: int
     split: int
+    rows: int
     num_stages: int
 
 
-def hopper_selected_dkv(rows: int) -> Gather:
+def hopper_selected_dkv(rows: int, dim: int) -> Gather:
     """Of ``rows`` queries in the batch."""
     # 8.7 ms with chunks of 4,096 rows (half or twice as many: 1.4 and 0.1 ms slower), items of 512 queries (256: 0.2 to 0.4 ms
     # slower, 1,024: 0.3 to 0.4). What a chunk costs does not depend on its length: there are 16 at most.
-    return Gather(max(1024, -(-rows // 16)), 512, 2)
+    # Of 192 columns, which were not timed, the gradients leave too few registers for probabilities of 64 rows.
+    tile = (32, 3) if dim > 128 else (64, 2)
+    return Gather(max(1024, -(-rows // 16)), 512, *tile)
 
 
 @dataclass(frozen=True)
@@ -271,9 +275,10 @@ def hopper_interval_dq(windowed: bool, group: int) -> HopperTile:
     return HopperTile(hopper_interval_forward(windowed, group).heads, 64, 3)
 
 
-def hopper_interval_dkv(windowed: bool) -> Tile:
+def hopper_interval_dkv(dim: int) -> Tile:
     """The gradients of keys and values: ``block_m`` queries at a time."""
-    return Tile(64, 128, 8, 3)
+    # Of 192 columns, which were not timed, the gradients leave too few registers for probabilities of 64 queries.
+    return Tile(32, 128, 8, 4) if dim > 128 else Tile(64, 128, 8, 3)
 
 
 def multiprocessors(device: torch.device) -> int:

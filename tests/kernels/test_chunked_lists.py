@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -75,7 +76,15 @@ CASES = {
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("group", "dim", "value_dim", "dtype"),
-    [(16, 128, 128, torch.bfloat16), (8, 64, 128, torch.float16), (32, 128, 64, torch.float16), (64, 64, 64, torch.bfloat16)],
+    [
+        (16, 128, 128, torch.bfloat16),
+        (8, 64, 128, torch.float16),
+        (32, 128, 64, torch.float16),
+        (64, 64, 64, torch.bfloat16),
+        (16, 192, 128, torch.bfloat16),
+        (8, 192, 128, torch.float16),
+        (64, 192, 128, torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize("name", CASES)
 def test_beside_its_twin_in_many_chunks(name: str, group: int, dim: int, value_dim: int, dtype: torch.dtype) -> None:
@@ -92,8 +101,9 @@ def test_beside_its_twin_in_many_chunks(name: str, group: int, dim: int, value_d
     calls: list[Any] = []
     counted = lambda *args: calls.append(args) or dkv(*args)
     dkv = kernels.selected_dkv
+    tune = replace(tuning.hopper_selected_dkv(1, dim), chunk=48, split=10)
     with (
-        mock.patch.object(tuning, "hopper_selected_dkv", return_value=tuning.Gather(48, 10, 2)),
+        mock.patch.object(tuning, "hopper_selected_dkv", return_value=tune),
         mock.patch.object(kernels, "selected_dkv", counted),
     ):
         got, again = backward(), backward()

@@ -45,7 +45,7 @@ def choices(x: Shape) -> set[tuple[object, ...]]:
         if on_hopper:
             for g in (tuning.hopper_interval_forward, tuning.hopper_interval_dq):
                 found.add((g.__name__, windowed, g(windowed, x.group)))
-            found.add(("hopper_interval_dkv", windowed, tuning.hopper_interval_dkv(windowed)))
+            found.add(("hopper_interval_dkv", windowed, tuning.hopper_interval_dkv(x.dim)))
     return found
 
 

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import tuning
-from nsa.kernels.hopper.dkv_step import add_queries, store_rows
+from nsa.kernels.hopper.dkv_step import add_queries, store_rows, zero_gradients
 from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS
 from nsa.kernels.hopper.pipeline import (
     LOG2E,
@@ -26,9 +26,12 @@ from nsa.kernels.hopper.pipeline import (
     boxes,
     load_async,
     load_numbers,
+    load_pieces,
     locate,
     phase,
+    pieces,
     span,
+    tile_pieces,
 )
 from nsa.kernels.triton.sequence import Spans, new_shares
 
@@ -76,7 +79,7 @@ def _work(where, shape, BQ: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.con
 
 @gluon.jit
 def _load(where, shape, descs, shift, delta, stride_lb, stride_lh, buffers, bars,
-          BQ: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr,
+          BQ: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, PACKED: gl.constexpr,
           TABLE: gl.constexpr):  # fmt: skip
     """The loading warp: the keys and values, then each head's queries, their output's gradient, shift and delta."""
     NUMBERS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -85,9 +88,9 @@ def _load(where, shape, descs, shift, delta, stride_lb, stride_lh, buffers, bars
     kv_full, q_full, g_full, empty, blanked = bars
     batch, q_row, q_len, k_row, start, k_len, offset, hk, h0, heads, t0, t1, t2, t3 = _work(
         where, shape, BQ, WINDOWED, PACKED, TABLE)  # fmt: skip
-    mbarrier.expect(kv_full.index(0), GROUPS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    mbarrier.expect(kv_full.index(0), GROUPS * (pieces(D) * k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(GROUPS):
-        load_async(k_desc, [batch, k_row + c * ROWS, hk, 0], kv_full.index(0), k_buf.index(c))
+        load_pieces(k_desc, batch, k_row + c * ROWS, hk, kv_full.index(0), k_buf, c, D)
         load_async(v_desc, [batch, k_row + c * ROWS, hk, 0], kv_full.index(0), v_buf.index(c))
     used = 0
     for g in range(heads):
@@ -100,8 +103,8 @@ def _load(where, shape, descs, shift, delta, stride_lb, stride_lh, buffers, bars
             load_numbers(shift_buf.index(slot), shift + stat + query, mask=query < q_len)
             load_numbers(delta_buf.index(slot), delta + stat + query, mask=query < q_len)
             async_copy.mbarrier_arrive(q_full.index(slot))
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            load_async(q_desc, [batch, q_row + t * BQ, h0 + g, 0], q_full.index(slot), q_buf.index(slot))
+            mbarrier.expect(q_full.index(slot), pieces(D) * q_desc.block_type.nbytes)
+            load_pieces(q_desc, batch, q_row + t * BQ, h0 + g, q_full.index(slot), q_buf, slot, D)
             mbarrier.expect(g_full.index(slot), g_desc.block_type.nbytes)
             load_async(g_desc, [batch, q_row + t * BQ, h0 + g, 0], g_full.index(slot), g_buf.index(slot))
             used += 1
@@ -118,8 +121,9 @@ def _step(t, used, blanks, dk, dv, kt, vt, buffers, bars, q_len, offset, lo, hi,
     if RAGGED and MASK:
         end = q_len - t * BQ
         if end < BQ:  # each warpgroup its share; neither reads before both are done
-            qt, gt = q_buf.index(slot).reshape([BQ, D]), g_buf.index(slot).reshape([BQ, DV])
-            blank_past(end, qt, q_full.index(slot), phase(used, STAGES), C, BQ // GROUPS)
+            qt, gt = tile_pieces(q_buf, slot, BQ, D), g_buf.index(slot).reshape([BQ, DV])
+            for c in gl.static_range(pieces(D)):
+                blank_past(end, qt[c], q_full.index(slot), phase(used, STAGES), C, BQ // GROUPS)
             blank_past(end, gt, g_full.index(slot), phase(used, STAGES), C, BQ // GROUPS)
             mbarrier.arrive(blanked.index(0), count=1)
             mbarrier.wait(blanked.index(0), blanks & 1)
@@ -137,8 +141,6 @@ def _gradients(where, shape, scale, softmax_scale, dk_out, dv_out, strides, buff
                WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr):  # fmt: skip
     """Warpgroup ``C``: keys ``64 * C ..`` of the program's."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BQ, 16])
-    K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
     kv_heads, group, share, length, stride, window = shape
     q_buf, g_buf, k_buf, v_buf, shift_buf, delta_buf = buffers
     kv_full, q_full, g_full, empty, blanked = bars
@@ -151,9 +153,8 @@ def _gradients(where, shape, scale, softmax_scale, dk_out, dv_out, strides, buff
     hi = key * 0 + (offset + q_len)
     if WINDOWED:
         hi = gl.minimum(hi, key + window)
-    kt, vt = k_buf.index(C).reshape([ROWS, D]), v_buf.index(C).reshape([ROWS, DV])
-    dk = gl.zeros([ROWS, D], gl.float32, K_LAYOUT)
-    dv = gl.zeros([ROWS, DV], gl.float32, V_LAYOUT)
+    kt, vt = tile_pieces(k_buf, C, ROWS, D), v_buf.index(C).reshape([ROWS, DV])
+    dk, dv = zero_gradients(D, DV)
     mbarrier.wait(kv_full.index(0), 0)
     used = 0
     blanks = 0
@@ -174,8 +175,9 @@ def _gradients(where, shape, scale, softmax_scale, dk_out, dv_out, strides, buff
     row = (k_row + C * ROWS).to(gl.int64)
     out_k = dk_out + part * stride_ds + batch.to(gl.int64) * stride_db + row * stride_dt + hk * D
     out_v = dv_out + part * stride_es + batch.to(gl.int64) * stride_eb + row * stride_et + hk * DV
-    store_rows(out_k, dk * softmax_scale, stride_dt, k_len - start - C * ROWS, D, K_LAYOUT)
-    store_rows(out_v, dv, stride_et, k_len - start - C * ROWS, DV, V_LAYOUT)
+    for c in gl.static_range(pieces(D)):
+        store_rows(out_k + c * (D // pieces(D)), dk[c] * softmax_scale, stride_dt, k_len - start - C * ROWS)
+    store_rows(out_v, dv, stride_et, k_len - start - C * ROWS)
 
 
 @gluon.jit(do_not_specialize=["per_seq", "q_len", "k_len", "offset", "kv_heads", "group", "share", "length", "stride", "window",
@@ -189,9 +191,10 @@ def interval_dkv_kernel(
     WINDOWED: gl.constexpr, PACKED: gl.constexpr, TABLE: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = q_desc.dtype
-    q_buf = gl.allocate_shared_memory(TYPE, [STAGES, 1, BQ, 1, D], q_desc.layout)
+    PIECES: gl.constexpr = pieces(D)
+    q_buf = gl.allocate_shared_memory(TYPE, [STAGES * PIECES, 1, BQ, 1, D // PIECES], q_desc.layout)
     g_buf = gl.allocate_shared_memory(TYPE, [STAGES, 1, BQ, 1, DV], g_desc.layout)
-    k_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS, 1, D], k_desc.layout)
+    k_buf = gl.allocate_shared_memory(TYPE, [GROUPS * PIECES, 1, ROWS, 1, D // PIECES], k_desc.layout)
     v_buf = gl.allocate_shared_memory(TYPE, [GROUPS, 1, ROWS, 1, DV], v_desc.layout)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     shift_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BQ], NUMBERS)
@@ -209,7 +212,7 @@ def interval_dkv_kernel(
             (_gradients, (where, shape, scale, softmax_scale, dk, dv, strides, buffers, bars,
                           1, BQ, D, DV, STAGES, WINDOWED, PACKED, TABLE, RAGGED)),
             (_load, (where, shape, (q_desc, g_desc, k_desc, v_desc), shift, delta, stride_lb, stride_lh, buffers, bars,
-                     BQ, STAGES, WINDOWED, PACKED, TABLE)),
+                     BQ, D, STAGES, WINDOWED, PACKED, TABLE)),
         ],
         [4, 1],
         [240, 24],
@@ -221,18 +224,20 @@ def interval_dkv(
     length: int, stride: int, window: int, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``kernels.triton.interval_backward.interval_dkv``."""
-    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    tune = tuning.hopper_interval_dkv(window > 0)
+    kv_heads, group, dim = k.shape[2], q.shape[2] // k.shape[2], q.shape[-1]
+    columns = dim // pieces(dim)
+    tune = tuning.hopper_interval_dkv(dim)
     tiles = spans.key_tiles(GROUPS.value * ROWS.value)
     parts = tuning.head_shares(tiles.count * kv_heads, group)
     dk_parts, dv_parts = (new_shares(x, parts, q, spans) for x in (k, v))
     if tiles.count and q.shape[1]:
         interval_dkv_kernel[(tiles.count * kv_heads, parts)](
-            boxes(q, tune.block_m), boxes(do, tune.block_m), boxes(k, ROWS.value), boxes(v, ROWS.value),
+            boxes(q, tune.block_m, columns=columns), boxes(do, tune.block_m),
+            boxes(k, ROWS.value, columns=columns), boxes(v, ROWS.value),
             shift, delta, dk_parts, dv_parts, *shift.stride()[:2], *dk_parts.stride()[:3], *dv_parts.stride()[:3],
             tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
             kv_heads, group, triton.cdiv(group, parts), length, stride, window, softmax_scale * LOG2E.value, softmax_scale,
-            D=q.shape[-1], DV=v.shape[-1], BQ=tune.block_m, STAGES=tune.num_stages,
+            D=dim, DV=v.shape[-1], BQ=tune.block_m, STAGES=tune.num_stages,
             WINDOWED=window > 0, PACKED=spans.packed, TABLE=spans.table is not None, RAGGED=spans.packed,
             num_warps=4,
         )  # fmt: skip

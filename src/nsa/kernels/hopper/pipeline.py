@@ -44,6 +44,30 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return ring
 
 
+@gluon.constexpr_function
+def pieces(dim):
+    """In how many pieces, side by side, ``dim`` columns are held: the sides of a tile are powers of two."""
+    return 1 if dim & (dim - 1) == 0 else dim // 64
+
+
+@gluon.jit
+def load_pieces(desc, batch, row, head, full, buffer, at, D: gl.constexpr):
+    """``D`` columns of the rows from ``row`` on, into the ``at``-th place of ``buffer``."""
+    PIECES: gl.constexpr = pieces(D)
+    for c in gl.static_range(PIECES):
+        load_async(desc, [batch, row, head, c * (D // PIECES)], full, buffer.index(at * PIECES + c))
+
+
+@gluon.jit
+def tile_pieces(buffer, at, ROWS: gl.constexpr, D: gl.constexpr):
+    """The tile ``[ROWS, D]`` in the ``at``-th place of ``buffer``."""
+    PIECES: gl.constexpr = pieces(D)
+    tile = ()
+    for c in gl.static_range(PIECES):
+        tile += (buffer.index(at * PIECES + c).reshape([ROWS, D // PIECES]),)  # type: ignore[assignment]
+    return tile
+
+
 @gluon.jit
 def pinned(x):
     """16-bit ``x``, which the compiler must have in registers here: nothing that makes it sinks past this point."""
