@@ -67,7 +67,7 @@ def _selected(
         from nsa.kernels.cuda.selected_forward import program
         from nsa.kernels.cuda.selected_forward import selected_forward as in_cuda
 
-        loaded = program(q.dtype, group, q.shape[-1], q.device.index)
+        loaded = program(q.dtype, group, q.shape[-1], v.shape[-1], q.device.index)
         if loaded is not None:
             return in_cuda(loaded, q, k, v, indices, spans, softmax_scale, mix)
     tile = tuning.selected_forward(dim, value_dim, q.dtype, group, size, tuning.arch(q.device))
@@ -114,7 +114,7 @@ def _selected_dq(
         from nsa.kernels.cuda.selected_dq import program
         from nsa.kernels.cuda.selected_dq import selected_dq as in_cuda
 
-        loaded = program(q.dtype, group, q.shape[-1], q.device.index)
+        loaded = program(q.dtype, group, q.shape[-1], v.shape[-1], q.device.index)
         if loaded is not None:
             return in_cuda(loaded, q, k, v, do, shift, delta, indices, spans, softmax_scale, dq)
     from nsa.kernels.triton.selected_backward import selected_dq as portable
