@@ -222,11 +222,6 @@ def importance_registers(dim: int, dtype: torch.dtype, starting: int, arch: int)
     return 160 if 2 < starting <= 64 else None
 
 
-def importance_mix(dtype: torch.dtype, arch: int) -> int:
-    """Of how many exponentials one is taken by multiply-adds; 0: none."""
-    return 4 if arch == 90 and dtype != torch.float32 else 0
-
-
 # Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.
 HOPPER_SELECTED_STAGES = 3  # 14.6 ms random, 10.0 trained-like (2 stages: 14.5, 10.1; the portable kernel: 16.1, 11.1)
 

@@ -27,6 +27,7 @@ from tests.kernels.test_cuda_selected import (
     LARGE,
     OTHERS,
     PLACES,
+    Dims,
     big,
     counted,
     odd_sets,
@@ -95,13 +96,13 @@ def test_beside_reference_and_twin(name: str, width: int, dtype: torch.dtype, ca
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("group", "dim", "name"), OTHERS)
-def test_other_groups_and_head_dims(group: int, dim: int, name: str, calls: list[None]) -> None:
-    case, dtype = of_shape(name, group, dim)
+@pytest.mark.parametrize(("group", "dims", "name"), OTHERS)
+def test_other_groups_and_head_dims(group: int, dims: Dims, name: str, calls: list[None]) -> None:
+    case, dtype = of_shape(name, group, dims)
     low = guarded_inputs(case, dtype, "cuda")
     indices, told = odd_sets(case, 16), case.lengths("cuda")
     rng = torch.Generator("cuda").manual_seed(case.seed)
-    grad = torch.randn(low.q.shape, generator=rng, dtype=torch.float64, device="cuda").to(dtype)
+    grad = torch.randn(*low.q.shape[:3], dims[1], generator=rng, dtype=torch.float64, device="cuda").to(dtype)
     exact, plain = low.to(torch.float64), low.to(dtype)
     outputs = (
         nsa.selected_attention(low.q, low.k_slc.detach(), low.v_slc.detach(), indices, case.cfg, **told, backend="triton"),
@@ -125,19 +126,22 @@ def statistics(shape: tuple[int, ...], rng: torch.Generator) -> tuple[Tensor, Te
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "group"), [*zip(DTYPES, (16, 16)), *zip(DTYPES, (4, 1))])
-def test_adds_to_what_is_there(dtype: torch.dtype, group: int, calls: list[None]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "group", "dim"),
+    [*zip(DTYPES, (16, 16), (128, 128)), *zip(DTYPES, (4, 1), (128, 128)), *zip(DTYPES, (16, 2), (192, 192))],
+)
+def test_adds_to_what_is_there(dtype: torch.dtype, group: int, dim: int, calls: list[None]) -> None:
     """In fp32, rounded once; into rows that lie strided, and nowhere else."""
     batch, tokens, heads = 2, 203, 2 * group
     rng = torch.Generator("cuda").manual_seed(0)
-    make = lambda count: torch.randn(batch, tokens, count, 128, generator=rng, device="cuda").to(dtype)
-    q, k, v, do = make(heads), make(2), make(2), make(heads)
+    make = lambda count, dim: torch.randn(batch, tokens, count, dim, generator=rng, device="cuda").to(dtype)
+    q, k, v, do = make(heads, dim), make(2, dim), make(2, 128), make(heads, 128)
     shift, delta = statistics((batch, heads, tokens), rng)
     indices = torch.randint(-1, 5, (batch, tokens, 2, 16), generator=rng, device="cuda", dtype=torch.int32)
     where = spans(tokens, tokens, SeqInfo(batch, tokens, tokens), 1, 1)
-    around = torch.full((batch, tokens + 3, heads + 1, 136), float("nan"), device="cuda", dtype=dtype)
-    room = around[:, 2:-1, :heads, :128]
-    old = make(heads)
+    around = torch.full((batch, tokens + 3, heads + 1, dim + 8), float("nan"), device="cuda", dtype=dtype)
+    room = around[:, 2:-1, :heads, :dim]
+    old = make(heads, dim)
     call = lambda dq: launch.selected_backward(
         q, k, v, do, shift, delta, indices, where, 64, SCALE, (True, False), dq
     )[0]  # fmt: skip
@@ -152,18 +156,18 @@ def test_adds_to_what_is_there(dtype: torch.dtype, group: int, calls: list[None]
     assert (call(old.clone()).double() - twins.double()).norm() <= 1e-2 * twins.double().norm()
 
 
-def backward_of(tokens: int, dtype: torch.dtype, group: int = 16, dim: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:
+def backward_of(tokens: int, dtype: torch.dtype, group: int = 16, dims: Dims = (128, 128)) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator takes ahead of the lengths: the forward's inputs and outputs, and do."""
-    q, k, v, indices = big(tokens, dtype, group, dim)
+    q, k, v, indices = big(tokens, dtype, group, dims)
     o, lse = ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
-    do = torch.randn(q.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(dtype)
+    do = torch.randn(o.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(dtype)
     return (q, k, v, indices, o, lse), do
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dtype", "group", "dim"), LARGE)
-def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, dim: int, calls: list[None]) -> None:
-    saved, do = backward_of(tokens, dtype, group, dim)
+@pytest.mark.parametrize(("tokens", "dtype", "group", "dims"), LARGE)
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, dims: Dims, calls: list[None]) -> None:
+    saved, do = backward_of(tokens, dtype, group, dims)
     call = lambda: selected_backward_op(*saved, do, None, None, None, tokens, 64, 128**-0.5, True, False)[0]
     dq, other = call(), twin(call)
     size = other.double().norm(dim=-1)

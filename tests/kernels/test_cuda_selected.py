@@ -33,9 +33,11 @@ from tests.kernels.draws import GPU_SHAPES, guarded_inputs
 from tests.steps import steps
 from tests.tolerance import assert_within_2x
 
+Dims = tuple[int, int]  # of keys and of values
 
-def config(group: int, dim: int = 128) -> nsa.NSAConfig:
-    return nsa.NSAConfig(head_dim=dim, num_heads=2 * group, num_kv_heads=2)
+
+def config(group: int, dims: Dims = (128, 128)) -> nsa.NSAConfig:
+    return nsa.NSAConfig(head_dim=dims[0], value_dim=dims[1], num_heads=2 * group, num_kv_heads=2)
 
 
 CFG, GROUPS = config(16), [16, 8, 4, 2, 1]
@@ -44,22 +46,24 @@ NVCC = shutil.which("nvcc") or next(map(str, sorted(Path("/usr/local").glob("cud
 LAYOUT = """#include "{source}"
 static_assert(sizeof(Call) == {size});
 {fields}
-static_assert(SIZE == {block} && D == {dim} && G == {group} && R == {queries} && WIDTH == {width});
+static_assert(SIZE == {block} && D == {dim} && DV == {value_dim} && G == {group} && R == {queries} && WIDTH == {width});
 static_assert(Item<R>::WORDS == {item} && LIST_THREADS<R> == {lister} && THREADS == {threads});
 static_assert(1023 + BARRIERS + (2 * SLOTS + 1) * 8 <= {shared});
 """
 LAUNCHERS = {"selected_forward": kernels, "selected_dq": selected_dq}
-SPILLS = {
-    "selected_forward": (32, 32),
-    "selected_dq": (0, 32),
-}  # bytes that a thread may store, of groups of 16 and of smaller ones
+SPILLS = {  # bytes that a thread may store, of groups of 16 and of smaller ones; those of long keys lie outside of the loop
+    ("selected_forward", False): (32, 32),
+    ("selected_forward", True): (32, 32),
+    ("selected_dq", False): (0, 32),
+    ("selected_dq", True): (32, 128),
+}
 EACH = pytest.mark.parametrize(
-    ("name", "group", "dim", "dtype"), [*itertools.product(LAUNCHERS, GROUPS, cuda.HEAD_DIMS, DTYPES)], ids=str
+    ("name", "group", "dims", "dtype"), [*itertools.product(LAUNCHERS, GROUPS, cuda.HEAD_DIMS, DTYPES)], ids=str
 )
 
 
 @EACH
-def test_compiles_by_nvcc(name: str, group: int, dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_compiles_by_nvcc(name: str, group: int, dims: Dims, dtype: torch.dtype, tmp_path: Path) -> None:
     """Within registers and shared memory; and what the launcher says twice is said alike."""
     launcher: Any = LAUNCHERS[name]
     if NVCC is None:
@@ -71,30 +75,30 @@ def test_compiles_by_nvcc(name: str, group: int, dim: int, dtype: torch.dtype, t
     ]
     source.write_text(LAYOUT.format(
         source=nvrtc.SOURCES / f"{name}.cu", size=ctypes.sizeof(launcher.Call), fields="\n".join(fields),
-        block=cuda.SIZE, dim=dim, group=group, queries=selected_lists.queries_of(launcher.WARPS, group),
+        block=cuda.SIZE, dim=dims[0], value_dim=dims[1], group=group, queries=selected_lists.queries_of(launcher.WARPS, group),
         width=cuda.WIDTH, item=selected_lists.item_words(launcher.WARPS, group),
         lister=selected_lists.list_threads(launcher.WARPS, group), threads=launcher.THREADS, shared=launcher.SHARED,
     ))  # fmt: skip
-    options = selected_lists.options(dtype, group, dim)
+    options = selected_lists.options(dtype, group, *dims)
     command = [NVCC, "-cubin", "-o", str(tmp_path / "layout.cubin"), "--ptxas-options=-v", *options, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
     assert "setmaxnreg" not in said, said  # ptxas says so where it ignores it
     assert max(int(x) for x in re.findall(r"Used (\d+) registers", said)) <= 65536 // launcher.THREADS
-    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= SPILLS[name][group < 16]
+    assert max(int(x) for x in re.findall(r"(\d+) bytes spill stores", said)) <= SPILLS[name, dims[0] > 128][group < 16]
     assert launcher.SHARED <= 232448
     given = selected_lists.list_shared(selected_lists.words_of(cuda.MOST_KEYS))
     assert max(map(int, re.findall(r"(\d+) bytes smem", said))) + given <= 72 << 10  # three of them fit a multiprocessor
 
 
 @EACH
-def test_compiles_by_nvrtc(name: str, group: int, dim: int, dtype: torch.dtype) -> None:
+def test_compiles_by_nvrtc(name: str, group: int, dims: Dims, dtype: torch.dtype) -> None:
     try:
         nvrtc.library()
     except nvrtc.Unavailable as reason:
         pytest.skip(str(reason))
-    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype, group, dim)).startswith(b"\x7fELF")
+    assert nvrtc._compile(f"{name}.cu", nvrtc.sources(), selected_lists.options(dtype, group, *dims)).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -104,9 +108,11 @@ def test_compiles_by_nvrtc(name: str, group: int, dim: int, dtype: torch.dtype) 
         ({"dtype": torch.float16, "width": 3}, None),
         ({"arch": 100}, "compute capability"),
         ({"dtype": torch.float32}, "fp16 and bf16"),
-        ({"value_dim": 64}, "head dims of 64 or 128"),
+        ({"value_dim": 64}, "head dims of 64/64 or 128/128 or 192/128"),
         ({"dim": 64, "value_dim": 64}, None),
-        ({"dim": 96, "value_dim": 96}, "head dims of 64 or 128"),
+        ({"dim": 192}, None),
+        ({"dim": 192, "value_dim": 192}, "head dims of"),
+        ({"dim": 96, "value_dim": 96}, "head dims of"),
         ({"group": 1}, None),
         ({"group": 8}, None),
         ({"group": 3}, "rows of a fragment"),
@@ -186,7 +192,7 @@ def test_says_why_its_twin_runs(name: str, fails: str, monkeypatch: pytest.Monke
     launcher: Any = LAUNCHERS[name]
     monkeypatch.setattr(nvrtc, fails, mock.Mock(side_effect=nvrtc.Unavailable("the reason")))
     with pytest.warns(RuntimeWarning, match=f"{name} takes its slower kernel: the reason") as warned:
-        assert launcher.program.__wrapped__(torch.bfloat16, 16, 128, 0) is None
+        assert launcher.program.__wrapped__(torch.bfloat16, 16, 128, 128, 0) is None
     assert warned[0].filename == __file__
 
 
@@ -209,7 +215,7 @@ def on_hopper(launcher: Any, place: str, group: int, loads: bool, monkeypatch: p
     monkeypatch.setattr(launch.tuning, "arch", lambda _: 90)
     monkeypatch.setattr(launch.hopper, "supports", lambda *_: None)
     monkeypatch.setattr(launch, "union_lists", lambda *_: SimpleNamespace(queries=4))
-    monkeypatch.setattr(launcher, "program", lambda _, *asked: object() if loads and asked == (group, 128, 0) else None)
+    monkeypatch.setattr(launcher, "program", lambda _, *asked: object() if loads and asked == (group, 128, 128, 0) else None)
     return lambda heads: SimpleNamespace(shape=(1, 99, heads, 128), dtype=torch.bfloat16, device=torch.device(place, 0))
 
 
@@ -306,24 +312,27 @@ def test_beside_reference_and_twin(name: str, width: int, dtype: torch.dtype, ca
 
 
 OTHERS = [  # groups, head dims, cases: a few, for each group and layout of lengths has its twin compiled
-    *itertools.product([1], [128], ["half a tile over", "rows past a tensor", "packed chunks"]),
-    (2, 128, "packed chunks"),
-    *itertools.product([4], [128], ["half a tile over", "packed, some empty"]),
-    *itertools.product([8], [128], ["rows past a tensor", "packed chunks"]),
-    *itertools.product([16], [64], ["half a tile over", "rows past a tensor", "packed, some empty"]),
-    (4, 64, "packed chunks"),
+    *itertools.product([1], [(128, 128)], ["half a tile over", "rows past a tensor", "packed chunks"]),
+    (2, (128, 128), "packed chunks"),
+    *itertools.product([4], [(128, 128)], ["half a tile over", "packed, some empty"]),
+    *itertools.product([8], [(128, 128)], ["rows past a tensor", "packed chunks"]),
+    *itertools.product([16], [(64, 64)], ["half a tile over", "rows past a tensor", "packed, some empty"]),
+    (4, (64, 64), "packed chunks"),
+    *itertools.product([16], [(192, 128)], ["half a tile over", "rows past a tensor", "packed chunks"]),
+    *itertools.product([8], [(192, 128)], ["rows past a tensor", "packed, some empty"]),
+    *itertools.product([1, 2, 4], [(192, 128)], ["packed chunks"]),
 ]
 
 
-def of_shape(name: str, group: int, dim: int) -> tuple[Case, torch.dtype]:
-    return replace(CASES[name], cfg=config(group, dim)), DTYPES[group == 8]
+def of_shape(name: str, group: int, dims: Dims) -> tuple[Case, torch.dtype]:
+    return replace(CASES[name], cfg=config(group, dims)), DTYPES[group == 8]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("group", "dim", "name"), OTHERS)
-def test_other_groups_and_head_dims(group: int, dim: int, name: str, calls: list[None]) -> None:
+@pytest.mark.parametrize(("group", "dims", "name"), OTHERS)
+def test_other_groups_and_head_dims(group: int, dims: Dims, name: str, calls: list[None]) -> None:
     """Alone, then with the gated sum."""
-    case, dtype = of_shape(name, group, dim)
+    case, dtype = of_shape(name, group, dims)
     low = guarded_inputs(case, dtype, "cuda")
     indices, told = odd_sets(case, 16), case.lengths("cuda")
     arguments = lambda x: (x.q.detach(), x.k_slc.detach(), x.v_slc.detach(), indices)
@@ -336,7 +345,7 @@ def test_other_groups_and_head_dims(group: int, dim: int, name: str, calls: list
     assert (o.double() - other.double()).norm() <= 1e-2 * other.double().norm()
     rng = torch.Generator("cuda").manual_seed(case.seed)
     make = lambda *shape: torch.randn(*o.shape[:3], *shape, generator=rng, device="cuda").to(dtype)
-    o_cmp, o_win, gates = make(dim), make(dim), make(3)
+    o_cmp, o_win, gates = make(dims[1]), make(dims[1]), make(3)
     where = spans(o.shape[1], low.k_slc.shape[1], sequence_info(o, *lengths_of(case, low.k_slc)), 1, 1)
     rows = torch.zeros(o.shape[:2], dtype=torch.bool, device="cuda")
     for (batch, its), *_ in case.places():
@@ -364,11 +373,11 @@ def with_lse(case: Case, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tu
     return ops.selected_op(q, k, v, indices, *lengths_of(case, k), 64, case.cfg.softmax_scale)
 
 
-def big(tokens: int, dtype: torch.dtype, group: int = 16, dim: int = 128) -> tuple[Tensor, ...]:
+def big(tokens: int, dtype: torch.dtype, group: int = 16, dims: Dims = (128, 128)) -> tuple[Tensor, ...]:
     """More tiles than multiprocessors, neighbours that share half of their blocks, and scores whose maximum grows by leaps."""
     rng = torch.Generator("cuda").manual_seed(0)
-    make = lambda heads: torch.randn(1, tokens, heads, dim, generator=rng, device="cuda")
-    q, k, v = make(4 * group) * 3, make(4), make(4)
+    make = lambda heads, dim: torch.randn(1, tokens, heads, dim, generator=rng, device="cuda")
+    q, k, v = make(4 * group, dims[0]) * 3, make(4, dims[0]), make(4, dims[1])
     own = torch.arange(tokens, device="cuda")[None, :, None, None] // 64
     share = torch.rand(1, tokens, 4, 16, generator=rng, device="cuda")
     share = torch.where(
@@ -380,16 +389,18 @@ def big(tokens: int, dtype: torch.dtype, group: int = 16, dim: int = 128) -> tup
 
 
 LARGE = [
-    *itertools.product([1003, 8191], DTYPES, [16], [128]),
-    *itertools.product([40000], [torch.bfloat16], GROUPS, [128]),
-    (40000, torch.bfloat16, 16, 64),
+    *itertools.product([1003, 8191], DTYPES, [16], [(128, 128)]),
+    *itertools.product([40000], [torch.bfloat16], GROUPS, [(128, 128)]),
+    (40000, torch.bfloat16, 16, (64, 64)),
+    *itertools.product([40000], [torch.bfloat16], [16, 4], [(192, 128)]),
+    (8191, torch.float16, 1, (192, 128)),
 ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "dtype", "group", "dim"), LARGE)
-def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, dim: int, calls: list[None]) -> None:
-    q, k, v, indices = big(tokens, dtype, group, dim)
+@pytest.mark.parametrize(("tokens", "dtype", "group", "dims"), LARGE)
+def test_the_same_every_time(tokens: int, dtype: torch.dtype, group: int, dims: Dims, calls: list[None]) -> None:
+    q, k, v, indices = big(tokens, dtype, group, dims)
     call = lambda: ops.selected_op(q, k, v, indices, None, None, None, tokens, 64, 128**-0.5)
     o, lse = call()
     other, other_lse = twin(call)

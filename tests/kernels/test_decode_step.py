@@ -16,7 +16,7 @@ import torch
 
 import nsa
 from nsa import decode_tuning
-from nsa.kernels.cuda import ROWS, decode_step, nvrtc
+from nsa.kernels.cuda import HEAD_DIMS, ROWS, decode_step, nvrtc
 from nsa.kernels.cuda.selected_lists import options
 from tests import naive
 from tests.kernels.test_cuda_selected import NVCC
@@ -30,15 +30,16 @@ CFG = nsa.NSAConfig(head_dim=128, num_heads=32, num_kv_heads=2)
 LAYOUT = """#include "{source}"
 static_assert(sizeof(Call) == {size});
 {fields}
-static_assert(D == {dim} && G == {rows} && THREADS == {threads} && MOST_BLOCKS == {blocks} && MOST_CHOSEN == {chosen});
+static_assert(D == {dim} && DV == {value_dim} && G == {rows} && THREADS == {threads});
+static_assert(MOST_BLOCKS == {blocks} && MOST_CHOSEN == {chosen});
 static_assert(LENGTH == {length} && STRIDE == {stride} && NEAR_TILES == {near} && KEPT == {kept});
 static_assert(1023 + NEAR + NEAR_TILES * KEPT * 4 <= {shared});
 """
 
 
-@pytest.mark.parametrize("dim", decode_step.HEAD_DIMS)
+@pytest.mark.parametrize(("dim", "value_dim"), HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiles_by_nvcc(dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_compiles_by_nvcc(dim: int, value_dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """Within registers and shared memory; and what the launcher says twice is said alike."""
     if NVCC is None:
         pytest.skip("there is no nvcc here")
@@ -46,9 +47,10 @@ def test_compiles_by_nvcc(dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     fields = [f"static_assert(__builtin_offsetof(Call, {x[0]}) == {getattr(call, x[0]).offset});" for x in call._fields_]
     source = tmp_path / "layout.cu"
     source.write_text(LAYOUT.format(
-        source=nvrtc.SOURCES / "decode_step.cu", size=ctypes.sizeof(call), fields="\n".join(fields), dim=dim, rows=ROWS,
-        threads=decode_step.THREADS, blocks=decode_step.MOST_BLOCKS, chosen=decode_step.MOST_CHOSEN, length=decode_step.LENGTH,
-        stride=decode_step.STRIDE, near=decode_step.NEAR_TILES, kept=decode_step.KEPT, shared=decode_step.SHARED,
+        source=nvrtc.SOURCES / "decode_step.cu", size=ctypes.sizeof(call), fields="\n".join(fields), dim=dim,
+        value_dim=value_dim, rows=ROWS, threads=decode_step.THREADS, blocks=decode_step.MOST_BLOCKS,
+        chosen=decode_step.MOST_CHOSEN, length=decode_step.LENGTH, stride=decode_step.STRIDE, near=decode_step.NEAR_TILES,
+        kept=decode_step.KEPT, shared=decode_step.SHARED,
     ))  # fmt: skip
     command = [
         NVCC,
@@ -56,7 +58,7 @@ def test_compiles_by_nvcc(dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
         "-o",
         str(tmp_path / "layout.cubin"),
         "--ptxas-options=-v",
-        *options(dtype, ROWS, dim),
+        *options(dtype, ROWS, dim, value_dim),
         str(source),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,14 +70,14 @@ def test_compiles_by_nvcc(dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     assert decode_step.SHARED <= 232448
 
 
-@pytest.mark.parametrize("dim", decode_step.HEAD_DIMS)
+@pytest.mark.parametrize(("dim", "value_dim"), HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiles_by_nvrtc(dim: int, dtype: torch.dtype) -> None:
+def test_compiles_by_nvrtc(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     try:
         nvrtc.library()
     except nvrtc.Unavailable as reason:
         pytest.skip(str(reason))
-    assert nvrtc._compile("decode_step.cu", nvrtc.sources(), options(dtype, ROWS, dim)).startswith(b"\x7fELF")
+    assert nvrtc._compile("decode_step.cu", nvrtc.sources(), options(dtype, ROWS, dim, value_dim)).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +89,9 @@ def test_compiles_by_nvrtc(dim: int, dtype: torch.dtype) -> None:
         ({"num_heads": 2}, None),
         ({"arch": 100}, "compute capability"),
         ({"dtype": torch.float32}, "fp16 and bf16"),
-        ({"dim": 96}, "head dims of 64 or 128"),
-        ({"value_dim": 64}, "head dims of 64 or 128"),
+        ({"dim": 192, "value_dim": 128}, None),
+        ({"dim": 96}, "head dims of 64/64"),
+        ({"value_dim": 64}, "head dims of 64/64"),
         ({"queries": 2}, "one token"),
         ({"num_heads": 64}, "up to 16 heads"),
         ({"paged": True}, "got pages"),
@@ -133,6 +136,7 @@ CASES = [  # the configuration, and the most tokens
     ({"num_kv_heads": 32, "num_selected_blocks": 3, "num_local_blocks": 1}, 3_000),
     ({"head_dim": 64, "value_dim": 64, "window_size": 64, "num_initial_blocks": 3}, 20_000),
     ({"head_dim": 64, "value_dim": 64, "num_selected_blocks": 8, "window_size": 1000}, 70),
+    ({"head_dim": 192, "num_selected_blocks": 20, "num_local_blocks": 4}, 10_000),
 ]
 
 

@@ -70,7 +70,7 @@ def _selected(
         from nsa.kernels.cuda.selected_forward import program
         from nsa.kernels.cuda.selected_forward import selected_forward as in_cuda
 
-        loaded = program(q.dtype, group, q.shape[-1], q.device.index)
+        loaded = program(q.dtype, group, q.shape[-1], v.shape[-1], q.device.index)
         if loaded is not None:
             return in_cuda(loaded, q, k, v, indices, spans, softmax_scale, mix)
     tile = tuning.selected_forward(dim, value_dim, q.dtype, group, size, tuning.arch(q.device))
@@ -117,7 +117,7 @@ def _selected_dq(
         from nsa.kernels.cuda.selected_dq import program
         from nsa.kernels.cuda.selected_dq import selected_dq as in_cuda
 
-        loaded = program(q.dtype, group, q.shape[-1], q.device.index)
+        loaded = program(q.dtype, group, q.shape[-1], v.shape[-1], q.device.index)
         if loaded is not None:
             return in_cuda(loaded, q, k, v, do, shift, delta, indices, spans, softmax_scale, dq)
     from nsa.kernels.triton.selected_backward import selected_dq as portable
@@ -149,10 +149,10 @@ def decode(
     from nsa.kernels.cuda.decode_step import decode_step, program, supports
     from nsa.kernels.triton.decode import decode as in_launches
 
-    refused = supports(q, rings[1].shape[-1], paged, max_seq_len, cfg, tuning.arch(q.device))
+    refused = supports(q, cfg.value_dim, paged, max_seq_len, cfg, tuning.arch(q.device))
     pairs = q.shape[0] * cfg.num_kv_heads
     if refused is None and q.device.type == "cuda" and decode_tuning.whole(pairs, tuning.multiprocessors(q.device)):
-        kernel = program(q.dtype, q.shape[-1], q.device.index)
+        kernel = program(q.dtype, q.shape[-1], cfg.value_dim, q.device.index)
         if kernel is not None:
             return decode_step(kernel, q, gates, pools, rings, lengths, cfg)
     return in_launches(q, gates, pools, rings, table, lengths, max_seq_len, paged, cfg)

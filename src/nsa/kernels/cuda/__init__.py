@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-HEAD_DIMS, ROWS, SIZE, WIDTH = (64, 128), 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
+HEAD_DIMS = ((64, 64), (128, 128), (192, 128))  # of keys and of values
+ROWS, SIZE, WIDTH = 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
 MOST_KEYS = 1 << 23  # for every 32 blocks, the kernel that makes lists has two words of shared memory, 32 KiB in all
 
 
@@ -22,10 +23,9 @@ def supports(
         return f"it needs compute capability 9.0, got {arch / 10}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in fp16 and bf16, got {dtype}"
-    if dim not in HEAD_DIMS or value_dim != dim:
-        return (
-            f"it holds head dims of {' or '.join(map(str, HEAD_DIMS))}, the same of keys and values, got {dim} and {value_dim}"
-        )
+    if (dim, value_dim) not in HEAD_DIMS:
+        known = " or ".join(f"{x}/{y}" for x, y in HEAD_DIMS)
+        return f"it holds head dims of {known} of keys and values, got {dim}/{value_dim}"
     if ROWS % group:
         return f"whole groups of heads fill the {ROWS} rows of a fragment, got {group}"
     if size != SIZE:

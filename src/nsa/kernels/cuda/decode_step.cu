@@ -10,7 +10,7 @@ namespace {
 
 constexpr int WARPS = 8, MULTIPLY = WARPS * 32;        // that multiply, and their threads
 constexpr int THREADS = (WARPS + 4) * 32;              // and a warpgroup of which one warp loads
-constexpr int SLOTS = 8 * 128 / D;                     // of the ring, each the keys or the values of a tile
+constexpr int SLOTS = (128 << 10) / (K_BYTES + V_BYTES) * 2;  // of the ring, each the keys or the values of a tile
 constexpr int LENGTH = 32, STRIDE = 16, LEAD = LENGTH / STRIDE - 1;  // a compressed block lies where its last stride does
 constexpr int STARTING = SIZE / STRIDE, PER_TILE = SIZE / STARTING;  // compressed blocks that start in a selection block
 constexpr int MOST_BLOCKS = 4096, MOST_CHOSEN = 32;    // selection blocks of a sequence, and of its newest token
@@ -19,7 +19,7 @@ constexpr int FORCED = 0x7f800000;                     // infinity: no importanc
 constexpr int NEAR_TILES = 66, KEPT = ROWS * (PER_TILE + 2);  // tiles whose weights shared memory holds, and numbers of a tile
 
 // In shared memory, after the ring's tiles.
-constexpr int BARRIERS = SLOTS * TILE_BYTES;
+constexpr int BARRIERS = Ring<SLOTS>::BYTES;
 constexpr int CHOSEN = BARRIERS + (2 * SLOTS + 2) * 8;      // a barrier: the list is there
 constexpr int LIST = CHOSEN + 8;                            // int [MOST_CHOSEN], ascending, -1 behind the last
 constexpr int STATS = (LIST + MOST_CHOSEN * 4 + 15) & ~15;  // float2 [WARPS][ROWS], a warp's maximum and sum
@@ -39,7 +39,7 @@ struct Call {
   const void* gates;        // [B, HQ, 3]
   const int* lengths;       // [B]
   float* kept;              // [pairs, tiles, KEPT], or null where shared memory has room for it
-  u16* o;                   // [B, HQ, D]
+  u16* o;                   // [B, HQ, DV]
   int* indices;             // [B, HK, n]
   int heads, kv_heads, group;
   int tiles, rows;          // of compressed blocks, and tokens, that a sequence has room for
@@ -95,9 +95,10 @@ __device__ __forceinline__ void load_tile(Loads<SLOTS>& loads, const Maps& maps,
 #pragma unroll
   for (int values = 0; values < 2; values++) {
     const TensorMap* map = values ? maps.v : maps.k;
-    loads.next(WARPS - 1, [&](u32 to, u32 full) {
+    const int columns = values ? DV : D;
+    loads.next(WARPS - 1, values ? V_BYTES : K_BYTES, [&](u32 to, u32 full) {
 #pragma unroll
-      for (int column = 0; column < D; column += COLUMNS)
+      for (int column = 0; column < columns; column += COLUMNS)
         load_box_once(to + column / COLUMNS * BOX_BYTES, map, full, column, w.hk, row, w.batch);
     });
   }
@@ -120,6 +121,8 @@ __device__ __forceinline__ void load_all(const Ring<SLOTS>& ring, const Maps& cm
 
 // ---- a tile
 
+using Left = Operand<D, 0>;
+
 __device__ __forceinline__ int column_of(int lane, int i, int j) { return i * 8 + (lane & 3) * 2 + (j & 1); }
 
 // Of a tile whose load of keys is `load`, the keys that `seen` says into the warp's rows; `whole`: all of them. `s` become their
@@ -128,7 +131,11 @@ template <class Seen>
 __device__ __forceinline__ void attend(float (&s)[8][4], Ring<SLOTS>& ring, u32 load, bool whole, Seen seen, Rows& x, const Left& left,
                                        float scale, int lane) {
   u32 slot = ring.wait(load);
-  scores(s, left, ring.slots + slot * TILE_BYTES + straight_at(lane));
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) s[i][j] = 0;
+  product(s, left, ring.tile(slot) + straight_at(lane));
   u32 after = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) after |= __float_as_uint(s[i][0]);
@@ -147,16 +154,15 @@ __device__ __forceinline__ void attend(float (&s)[8][4], Ring<SLOTS>& ring, u32 
     for (int row = lane >> 3; row < SIZE; row += 4)
       if (!seen(row)) {
 #pragma unroll
-        for (int box = 0; box < TILE_BYTES; box += BOX_BYTES)
-          store_zeros(ring.slots + slot * TILE_BYTES + box + row * 128 + (lane & 7) * 16);
+        for (int box = 0; box < V_BYTES; box += BOX_BYTES) store_zeros(ring.tile(slot) + box + row * 128 + (lane & 7) * 16);
       }
     writes_before_loads();  // the slot's next load comes behind these writes
     __syncwarp();
   }
-  add_product<1>(p, x.acc, x.acc, ring.slots + slot * TILE_BYTES + turned_at(lane));
+  add_product<1>(p, x.acc, x.acc, ring.tile(slot) + turned_at(lane));
   after = 0;
 #pragma unroll
-  for (int i = 0; i < D / 8; i++) after |= __float_as_uint(x.acc[i][0]);
+  for (int i = 0; i < DV / 8; i++) after |= __float_as_uint(x.acc[i][0]);
   ring.leave(slot, after, lane);
 }
 
@@ -198,7 +204,7 @@ __device__ __forceinline__ float gate(const Call& c, i64 i) {
 
 // All warps' rows, times the branch's gates over the softmax's sum, into `out`: of row thread / 16, of each PART of the columns two.
 // The rows' lse stays in shared memory.
-__device__ __forceinline__ void end_branch(const float (&gates)[2], Rows& x, float (&out)[D / PART][2], u32 slots, int warp,
+__device__ __forceinline__ void end_branch(const float (&gates)[2], Rows& x, float (&out)[DV / PART][2], u32 slots, int warp,
                                            int lane) {
   const int row = lane >> 2, part = lane & 3, thread = warp * 32 + lane;
 #pragma unroll
@@ -222,7 +228,7 @@ __device__ __forceinline__ void end_branch(const float (&gates)[2], Rows& x, flo
     if (warp == 0 && part == 0) at<float>(slots, LSE, r) = most + log2_fast(sum);
   }
 #pragma unroll
-  for (int chunk = 0; chunk < D / PART; chunk++) {
+  for (int chunk = 0; chunk < DV / PART; chunk++) {
 #pragma unroll
     for (int i = 0; i < PART / 8; i++)
 #pragma unroll
@@ -363,7 +369,7 @@ __device__ __forceinline__ void take_queries(Left& left, const Call& c, const Wo
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int row = (lane >> 2) + (i & 1) * 8, column = d * 16 + (i >> 1) * 8;
-      left.q[d][i] = row < c.group ? *reinterpret_cast<const u32*>(q + row * D + column) : 0;
+      left.kept[d][i] = row < c.group ? *reinterpret_cast<const u32*>(q + row * D + column) : 0;
     }
 }
 
@@ -381,7 +387,7 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
       gates[i][h] = row < c.group ? gate(c, ((i64)w.batch * c.heads + w.hk * c.group + row) * 3 + i) : 0;
     }
   float* kept = c.kept ? c.kept + (i64)blockIdx.x * c.tiles * KEPT : &at<float>(slots, NEAR, 0);
-  float out[D / PART][2] = {}, s[8][4];
+  float out[DV / PART][2] = {}, s[8][4];
   Rows x;
 
   reset(x);
@@ -429,9 +435,9 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
 
   const int row = warp * 2 + lane / 16;
   if (row < c.group) {
-    u32* o = reinterpret_cast<u32*>(c.o + ((i64)w.batch * c.heads + w.hk * c.group + row) * D) + lane % 16;
+    u32* o = reinterpret_cast<u32*>(c.o + ((i64)w.batch * c.heads + w.hk * c.group + row) * DV) + lane % 16;
 #pragma unroll
-    for (int chunk = 0; chunk < D / PART; chunk++) o[chunk * (PART / 2)] = pack(out[chunk][0], out[chunk][1]);
+    for (int chunk = 0; chunk < DV / PART; chunk++) o[chunk * (PART / 2)] = pack(out[chunk][0], out[chunk][1]);
   }
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.cuda import ROWS, SIZE, driver, nvrtc
+from nsa.kernels.cuda import HEAD_DIMS, ROWS, SIZE, driver, nvrtc
 from nsa.kernels.cuda.selected_lists import options
 from nsa.kernels.triton.tile import LOG2E
 
@@ -25,7 +25,6 @@ NEAR_TILES, KEPT = 66, ROWS * (16 + 2)  # tiles whose weights shared memory has 
 # takes.
 SHARED = 8 * (16 << 10) + 8 * ROWS * 40 * 4 + NEAR_TILES * KEPT * 4 + 2048 + 1024
 MOST_BLOCKS, MOST_CHOSEN = 4096, 32
-HEAD_DIMS = (64, 128)
 
 
 class Call(ctypes.Structure):
@@ -50,10 +49,9 @@ def supports(q: Tensor, value_dim: int, paged: bool, max_seq_len: int, cfg: NSAC
         return f"it needs compute capability 9.0, got {arch / 10}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in fp16 and bf16, got {q.dtype}"
-    if dim not in HEAD_DIMS or value_dim != dim:
-        return (
-            f"it holds head dims of {' or '.join(map(str, HEAD_DIMS))}, the same of keys and values, got {dim} and {value_dim}"
-        )
+    if (dim, value_dim) not in HEAD_DIMS:
+        known = " or ".join(f"{x}/{y}" for x, y in HEAD_DIMS)
+        return f"it holds head dims of {known} of keys and values, got {dim}/{value_dim}"
     if q.shape[1] != 1 or cfg.group_size > ROWS:
         return f"it takes one token, of up to {ROWS} heads a KV head, got {q.shape[1]} of {cfg.group_size}"
     if paged:
@@ -69,10 +67,10 @@ def supports(q: Tensor, value_dim: int, paged: bool, max_seq_len: int, cfg: NSAC
 
 
 @functools.cache
-def program(dtype: torch.dtype, dim: int, device: int) -> driver.Kernel | None:
-    """For heads of ``dim``, on ``device``, the current one; None, after a warning, where it can't be had."""
+def program(dtype: torch.dtype, dim: int, value_dim: int, device: int) -> driver.Kernel | None:
+    """For such head dims, on ``device``, the current one; None, after a warning, where it can't be had."""
     try:
-        module = driver.load(nvrtc.cubin("decode_step.cu", options(dtype, ROWS, dim)), device)
+        module = driver.load(nvrtc.cubin("decode_step.cu", options(dtype, ROWS, dim, value_dim)), device)
         return driver.Kernel(module, "decode_step", THREADS, SHARED)
     except (nvrtc.Unavailable, RuntimeError) as reason:
         warnings.warn(f"decode_step takes its slower kernels: {reason}", RuntimeWarning, stacklevel=3)
@@ -84,12 +82,12 @@ def decode_step(
     cfg: NSAConfig,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the twin, for what ``supports`` says: of one token, and of caches without pages."""
-    batch, _, heads, dim = q.shape
+    batch, _, heads, _ = q.shape
     k_slc, v_slc, k_cmp, v_cmp = pools
     kv_heads, tiles = cfg.num_kv_heads, -(-k_cmp.shape[1] // SIZE)
     pairs = batch * kv_heads
     kept = torch.empty(pairs, tiles, KEPT, dtype=torch.float32, device=q.device) if tiles > NEAR_TILES else None
-    o = torch.empty(batch, 1, heads, dim, dtype=q.dtype, device=q.device)
+    o = torch.empty(batch, 1, heads, cfg.value_dim, dtype=q.dtype, device=q.device)
     indices = torch.empty(batch, 1, kv_heads, cfg.num_selected_blocks, dtype=torch.int32, device=q.device)
     call = Call(
         q.data_ptr(), gates.data_ptr(), lengths.data_ptr(), None if kept is None else kept.data_ptr(), o.data_ptr(),

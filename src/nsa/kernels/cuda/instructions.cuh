@@ -51,6 +51,12 @@ __device__ __forceinline__ void store_volatile(u32 a, u32 v) {
 __device__ __forceinline__ void store_zeros(u32 a) {  // 16 bytes
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(a), "r"(0) : "memory");
 }
+__device__ __forceinline__ void load_words(u32 (&r)[4], u32 a) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+}
+__device__ __forceinline__ void store_words(u32 a, const u32 (&r)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
 __device__ __forceinline__ void writes_before_loads() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Loads into shared memory.

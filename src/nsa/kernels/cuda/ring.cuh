@@ -4,9 +4,14 @@
 
 namespace {
 
-// After the ring's tiles, and whatever follows them at `barriers`, lie the barriers and the number of loads begun.
+constexpr int ROOM = 224 << 10;  // for the ring's tiles, and whatever follows them ahead of the barriers
+
+// Slots of the size of a block's keys and of its values take turns: where these sizes differ, keys are an even load, values an odd
+// one. After the ring's tiles, and whatever follows them at `barriers`, lie the barriers and the number of loads begun.
 template <int SLOTS>
 struct Ring {
+  static constexpr int BYTES = SLOTS / 2 * (K_BYTES + V_BYTES);
+  static_assert(SLOTS % 2 == 0);
   u32 slots, full, empty, issued;  // shared addresses
   u32 zero;                        // 0, unknown to the compiler
   u32 seen;                        // what was last read of `issued`, the number of loads that the loading warp has begun
@@ -18,6 +23,9 @@ struct Ring {
     issued = empty + SLOTS * 8;
     this->zero = zero;
     seen = 0;
+  }
+  __device__ __forceinline__ u32 tile(u32 slot) const {
+    return slots + slot * ((K_BYTES + V_BYTES) / 2) + (slot & 1) * ((K_BYTES - V_BYTES) / 2);
   }
   // By all threads of the CTA. `warps` leave every slot, or the loading warp does so for them.
   __device__ __forceinline__ void begin(int warps) {
@@ -60,14 +68,14 @@ struct Loads {
 
   __device__ __forceinline__ Loads(const Ring<SLOTS>& ring, int lane) : ring(ring), lane(lane), slot(0), parity(1), begun(0) {}
 
-  // The next load, a tile of boxes by `boxes(to, full)`; of the warps, `others` don't want it.
+  // The next load, `bytes` in boxes by `boxes(to, full)`; of the warps, `others` don't want it.
   template <class Boxes>
-  __device__ __forceinline__ void next(int others, Boxes boxes) {
+  __device__ __forceinline__ void next(int others, int bytes, Boxes boxes) {
     barrier_wait(ring.empty + slot * 8, parity);
     if (lane == 0) {
-      const u32 full = ring.full + slot * 8, to = ring.slots + slot * TILE_BYTES;
+      const u32 full = ring.full + slot * 8, to = ring.tile(slot);
       if (others > 0) barrier_arrive(ring.empty + slot * 8, others);
-      barrier_expect(full, TILE_BYTES);
+      barrier_expect(full, bytes);
       boxes(to, full);
       store_volatile(ring.issued, ++begun);
     }
@@ -105,9 +113,10 @@ __device__ __forceinline__ void load_blocks(const Ring<SLOTS>& ring, const Tenso
 #pragma unroll
       for (int values = 0; values < 2; values++) {
         const TensorMap* map = values ? v_map : k_map;
-        loads.next(others, [&](u32 to, u32 full) {
+        const int columns = values ? DV : D;
+        loads.next(others, values ? V_BYTES : K_BYTES, [&](u32 to, u32 full) {
 #pragma unroll
-          for (int column = 0; column < D; column += COLUMNS)
+          for (int column = 0; column < columns; column += COLUMNS)
             load_box(to + column / COLUMNS * BOX_BYTES, map, full, column, hk, row, batch);
         });
       }

@@ -1,9 +1,9 @@
 // Gradient of the queries of selected attention on Hopper, a warp for each query of 16 heads, or for several neighbouring ones of
 // fewer: in the form of selected_forward.cu.
 //
-// A tile has R queries, and a warp Q of them with all G heads. A pair of a warp and a block reads 48 KB of shared memory: keys,
-// values, and the keys again, turned. So a warp keeps its queries and dO in registers, where they come through the ring like the
-// blocks; the room that they would take in shared memory makes the ring longer.
+// A tile has R queries, and a warp Q of them with all G heads. A pair of a warp and a block reads 48 KB of shared memory, or of keys
+// of 192 64 KB: keys, values, and the keys again, turned. So a warp keeps its queries and dO in registers, as many as there are,
+// where they come through the ring like the blocks; the room that they would take in shared memory makes the ring longer.
 #include "make_lists.cuh"
 #include "ring.cuh"
 
@@ -11,11 +11,16 @@ namespace {
 
 constexpr int WARPS = 8, R = WARPS * Q;          // warps that multiply, each for Q of a tile's R queries
 constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
-constexpr int SLOTS = 14 * 128 / D;              // of the ring: the keys or the values of a block, or what SHARE warps' queries need
-constexpr int SHARE = TILE_BYTES / (2 * ROWS_BYTES), AHEAD = WARPS / SHARE;  // and so many of these come ahead of a tile's blocks
-constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
+constexpr int STASHED = D > 128 ? 6 : 0;         // fragments of a warp's queries for which there are no registers
+constexpr int STASH_BYTES = WARPS * STASHED * FRAGMENT_BYTES;
+constexpr int SLOTS = (ROOM - STASH_BYTES) / (K_BYTES + V_BYTES) * 2;  // of the ring: the keys or the values of a block, or
+constexpr int LOADS = D == DV ? 1 : 2;           // what SHARE warps' queries need: their dO in the same slot, or in one of its own
+constexpr int G_BYTES = ROWS * DV * 2;           // of a warp's dO
+constexpr int SHARE = K_BYTES / ROWS_BYTES * LOADS / 2, AHEAD = WARPS / SHARE * LOADS;  // so many come ahead of a tile's blocks
+constexpr int STASH = Ring<SLOTS>::BYTES, BARRIERS = STASH + STASH_BYTES;  // where they lie, after the ring
 
-static_assert(SHARE * 2 * ROWS_BYTES == TILE_BYTES && AHEAD * SHARE == WARPS);
+static_assert(SHARE * (LOADS == 1 ? ROWS_BYTES + G_BYTES : ROWS_BYTES) == K_BYTES && AHEAD * SHARE == WARPS * LOADS);
+static_assert(LOADS == 1 || (SHARE * G_BYTES == V_BYTES && AHEAD % 2 == 0));
 using In = Item<R>;
 
 }  // namespace
@@ -43,29 +48,17 @@ struct Rows {  // of the warp: 4 neighbouring lanes hold rows lane / 4 and lane 
 };
 
 struct Left {  // the left operands of a block's first two products
-  u32 q[D / 16][4], g[D / 16][4];  // g of dO
+  Operand<D, STASHED> q;
+  Operand<DV, 0> g;  // of dO
 };
-
-// s += A B^T; `b_at` at the lane's row of B.
-__device__ __forceinline__ void product(float (&s)[8][4], const u32 (&a)[D / 16][4], u32 b_at) {
-#pragma unroll
-  for (int d = 0; d < D / 16; d++)
-#pragma unroll
-    for (int keys = 0; keys < SIZE / 16; keys++) {
-      u32 b[4];
-      load_matrices(b, (b_at ^ (d & 3) * 32) + (d >> 2) * BOX_BYTES + keys * 2048);
-      multiply_add(s[2 * keys], a[d], b[0], b[1]);
-      multiply_add(s[2 * keys + 1], a[d], b[2], b[3]);
-    }
-}
 
 // A block that these queries want, which begins at the sequence's key `key`, into their gradient: load `load` is its keys, the next
 // its values. What the tile's head says is taken out of it where it is needed: registers are short.
 __device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, u32 queries, int key, u32 head, Rows& x, const Left& left,
                                           u32 straight, u32 turned, float scale2, int warp, int lane) {
-  const u32 k_slot = ring.wait(load), k_tile = ring.slots + k_slot * TILE_BYTES;
+  const u32 k_slot = ring.wait(load), k_tile = ring.tile(k_slot);
   int end = word(head, END) - key;  // keys of the block that are of the sequence
-  if (end < SIZE) blank_past(k_tile, end, lane);  // the last product takes 0 times these rows
+  if (end < SIZE) blank_past<K_BYTES>(k_tile, end, lane);  // the last product takes 0 times these rows
   float p[8][4];
 #pragma unroll
   for (int i = 0; i < 8; i++)
@@ -86,9 +79,9 @@ __device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, u32 queri
   for (int i = 0; i < 8; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) dp[i][j] = -x.delta[j >> 1];
-  const u32 v_slot = ring.wait(load + 1), v_tile = ring.slots + v_slot * TILE_BYTES;
+  const u32 v_slot = ring.wait(load + 1), v_tile = ring.tile(v_slot);
   end = word(head, END) - key;
-  if (end < SIZE) blank_past(v_tile, end, lane);
+  if (end < SIZE) blank_past<V_BYTES>(v_tile, end, lane);
   product(dp, left.g, v_tile + straight);
   u32 after = 0;
 #pragma unroll
@@ -108,9 +101,9 @@ __device__ __forceinline__ void add_block(Ring<SLOTS>& ring, u32 load, u32 queri
 }
 
 // The warp's rows to memory, those of its first `queries` queries; `first` the row of the first of them in its batch. `signs`: bit
-// h, whether the gate of row h is negative.
-__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int first, int queries, int hk, u32 signs,
-                                       int lane) {
+// h, whether the gate of row h is negative; `add`, as in the call.
+__device__ __forceinline__ void write(const Rows& x, const Call& c, int add, int batch, int first, int queries, int hk, u32 signs,
+                                      int lane) {
   const int j = lane & 3;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -120,7 +113,7 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
     const int head = hk * G + head_of(lane, h), row = first + (stored ? query_of(lane, h) : 0);
     uint4* to = reinterpret_cast<uint4*>(c.dq + batch * c.dq_batch + row * c.dq_row + head * c.dq_head) + j;
     uint4 old[D / 32];
-    if (c.add) {
+    if (add) {
 #pragma unroll
       for (int m = 0; m < D / 32; m++) old[m] = load_once(to + 4 * m);
     }
@@ -131,7 +124,7 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
       for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int k = 0; k < 2; k++) sum[i][k] = x.acc[4 * m + i][2 * h + k] * scale;
-      if (c.add) {  // what was there goes the other way through the exchange, which is its own inverse: the sum is rounded once
+      if (add) {  // what was there goes the other way through the exchange, which is its own inverse: the sum is rounded once
         u32 w[4] = {old[m].x, old[m].y, old[m].z, old[m].w};
         transpose(w, j);
 #pragma unroll
@@ -148,19 +141,29 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
   }
 }
 
+__device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, int first, int queries, int hk, u32 signs,
+                                       int lane) {
+  // Registers that are loaded only at times are held through all of the loop. Where these are too many, the code is there twice.
+  if (!STASHED) write(x, c, c.add, batch, first, queries, hk, signs, lane);
+  else if (c.add) write(x, c, 1, batch, first, queries, hk, signs, lane);
+  else write(x, c, 0, batch, first, queries, hk, signs, lane);
+}
+
 // The loads of a tile ahead of its blocks: of each warp's queries their heads in boxes of 64 columns, then those of dO. Past a
 // sequence's end come others' rows, and past the tensor's zeros: nobody uses them.
 __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMap* q_map, const TensorMap* g_map, u32 head) {
   const int batch = word(head, BATCH), first = word(head, ROW), of = word(head, KV_HEAD) * G;
   for (int row = first; row < first + R; row += SHARE * Q)
-    loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
-      for (int n = 0; n < SHARE; n++)
-        for (int i = 0; i < 2; i++, to += ROWS_BYTES) {
+    for (int load = 0; load < LOADS; load++)
+      loads.next(WARPS - SHARE, load == 0 ? K_BYTES : V_BYTES, [&](u32 to, u32 full) {
+        for (int n = 0; n < SHARE; n++)
+          for (int i = load; i < 2; to += i ? G_BYTES : ROWS_BYTES, i += LOADS) {
+            const int columns = i ? DV : D;
 #pragma unroll
-          for (int column = 0; column < D; column += COLUMNS)
-            load_box_once(to + column / COLUMNS * ROWS_BOX_BYTES, i ? g_map : q_map, full, column, of, row + n * Q, batch);
-        }
-    });
+            for (int column = 0; column < columns; column += COLUMNS)
+              load_box_once(to + column / COLUMNS * ROWS_BOX_BYTES, i ? g_map : q_map, full, column, of, row + n * Q, batch);
+          }
+      });
 }
 
 // What the warp's rows have in `shift` and `delta`, if there is a query.
@@ -177,17 +180,27 @@ __device__ __forceinline__ void load_statistics(Rows& x, const Call& c, u32 head
   }
 }
 
-// The warp's queries and dO out of load `load`, which SHARE warps want.
+// The warp's queries and dO out of load `load`, which SHARE warps want, and with LOADS of 2 out of the next.
 __device__ __forceinline__ void take_queries(Left& left, Ring<SLOTS>& ring, u32 load, int warp, u32 turned, int lane) {
-  const u32 slot = ring.wait(load);
-  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * (2 * ROWS_BYTES), after = 0;
+  u32 slot = ring.wait(load);
+  u32 at = ring.tile(slot) + warp % SHARE * (K_BYTES / SHARE), after = 0;
   asm volatile("" : "+r"(at));  // made here, not kept
   at += turned;
 #pragma unroll
   for (int d = 0; d < D / 16; d++) {
-    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * ROWS_BOX_BYTES);
-    load_matrices(left.g[d], (at ^ (d & 3) * 32) + (d >> 2) * ROWS_BOX_BYTES + ROWS_BYTES);
-    after |= left.q[d][0] | left.g[d][0];
+    left.q.take(d, at);
+    if (LOADS == 1) left.g.take(d, at, ROWS_BYTES);
+    after |= left.q.bits(d) | (LOADS == 1 ? left.g.bits(d) : 0);
+  }
+  ring.leave(slot, after, lane);
+  if constexpr (LOADS == 1) return;
+  slot = ring.wait(load + 1);
+  at = ring.tile(slot) + warp % SHARE * G_BYTES + turned;
+  after = 0;
+#pragma unroll
+  for (int d = 0; d < DV / 16; d++) {
+    left.g.take(d, at);
+    after |= left.g.bits(d);
   }
   ring.leave(slot, after, lane);
 }
@@ -196,6 +209,7 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
   const int items = c.tiles * c.kv_heads;
   const u32 straight = straight_at(lane), turned = turned_at(lane);
   Left left;
+  left.q.stash = ring.slots + STASH + warp * (STASHED * FRAGMENT_BYTES) + lane * 16;
   Rows x;
   x.shift[0] = x.shift[1] = x.delta[0] = x.delta[1] = 0;
   u32 first = 0;  // loads of the tiles before
@@ -210,7 +224,7 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
 #pragma unroll
       for (int j = 0; j < 4; j++) x.acc[d][j] = 0;
     __syncwarp();
-    take_queries(left, ring, first + warp / SHARE, warp, turned, lane);
+    take_queries(left, ring, first + warp / SHARE * LOADS, warp, turned, lane);
 #pragma unroll 1
     for (int e = 0; e < walk.MOST; e++) {
       const auto entry = walk.step(e);

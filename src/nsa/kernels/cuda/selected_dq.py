@@ -17,8 +17,8 @@ from nsa.kernels.triton.sequence import Spans, new_gradient
 from nsa.kernels.triton.tile import LOG2E
 
 WARPS, THREADS = 8, 384  # that multiply, and all of a block
-# The ring, 14 tiles of 16 KiB or more smaller ones, the barriers, and what aligning takes.
-SHARED = 14 * (16 << 10) + 1024 + 1024
+# ROOM of the source, for the ring and what follows it, the barriers, and what aligning takes.
+SHARED = (224 << 10) + 1024 + 1024
 
 
 class Call(Lists):
@@ -37,9 +37,9 @@ class Call(Lists):
 
 
 @functools.cache
-def program(dtype: torch.dtype, group: int, dim: int, device: int) -> Program | None:
-    """For groups of so many heads of ``dim``, on ``device``, the current one; None, after a warning, where it can't be had."""
-    return load("selected_dq", WARPS, THREADS, SHARED, dtype, group, dim, device)
+def program(dtype: torch.dtype, group: int, dim: int, value_dim: int, device: int) -> Program | None:
+    """For groups of so many heads, on ``device``, the current one; None, after a warning, where it can't be had."""
+    return load("selected_dq", WARPS, THREADS, SHARED, dtype, group, dim, value_dim, device)
 
 
 def selected_dq(

@@ -3,7 +3,8 @@
 //
 // A tile is R neighbouring queries of a KV head, all G heads of each. The blocks that any of them selected come once, through a ring
 // in shared memory; each warp walks its own list of them and never touches the others. The queries come through the ring as well, and
-// stay in registers: that leaves room for a longer ring, and spares every block the reading of its left operand.
+// stay in registers: that leaves room for a longer ring, and spares every block the reading of its left operand. Of keys of 192 a
+// third of them has no registers, and stays in shared memory.
 //
 // One CTA a multiprocessor goes from tile to tile, and its warps run over a tile's end on their own: nothing waits for all of them.
 #include "make_lists.cuh"
@@ -14,12 +15,14 @@ namespace {
 
 constexpr int WARPS = 12, R = WARPS * Q;         // warps that multiply, each for Q of a tile's R queries
 constexpr int THREADS = (WARPS + 4) * 32;        // and a warpgroup of which one warp loads
-constexpr int SLOTS = 14 * 128 / D;              // of the ring: the keys or the values of a block, or the queries of SHARE warps
-constexpr int SHARE = TILE_BYTES / ROWS_BYTES, AHEAD = WARPS / SHARE;  // and so many of these come ahead of a tile's blocks
-constexpr int BARRIERS = SLOTS * TILE_BYTES;     // where they lie, after the ring
+constexpr int STASHED = D > 128 ? 4 : 0;         // fragments of a warp's queries for which there are no registers
+constexpr int STASH_BYTES = WARPS * STASHED * FRAGMENT_BYTES;
+constexpr int SLOTS = (ROOM - STASH_BYTES) / (K_BYTES + V_BYTES) * 2;  // of the ring: the keys or the values of a block, or the
+constexpr int SHARE = V_BYTES / ROWS_BYTES, AHEAD = WARPS / SHARE;     // queries of SHARE warps: so many ahead of a tile's blocks
+constexpr int STASH = Ring<SLOTS>::BYTES, BARRIERS = STASH + STASH_BYTES;  // where they lie, after the ring
 constexpr float LN2 = 0.6931471805599453f;
 
-static_assert(AHEAD * SHARE == WARPS);
+static_assert(AHEAD * SHARE == WARPS && (D == DV || AHEAD % 2 == 0));
 using In = Item<R>;
 
 }  // namespace
@@ -28,9 +31,9 @@ using In = Item<R>;
 struct Call : Lists {
   const u16* q;           // [B, rows, HQ, D] with the strides below
   i64 q_batch, q_row, q_head;
-  u16* o;                 // [B, rows, HQ, D], or null
+  u16* o;                 // [B, rows, HQ, DV], or null
   float* lse;             // [B, HQ, rows]
-  u16* mixed;             // [B, rows, HQ, D], the gated sum, or null: then so are the next three
+  u16* mixed;             // [B, rows, HQ, DV], the gated sum, or null: then so are the next three
   const u16* o_cmp;       // as o
   const u16* o_win;       // as o
   const void* gates;      // [B, rows, HQ, 3]
@@ -45,13 +48,19 @@ extern "C" __global__ void __launch_bounds__(LIST_THREADS<R>) selected_lists(con
 
 namespace {
 
+using Left = Operand<D, STASHED>;
+
 // A block that these queries want, of whose keys the warp's first sees those to `last`, and those before `end` are of the sequence,
 // into the warp's rows.
 __device__ __forceinline__ void attend(Ring<SLOTS>& ring, u32 load, u32 queries, int last, int end, Rows& x, const Left& left,
                                        u32 straight, u32 turned, float scale, int lane) {
   float s[8][4];
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) s[i][j] = 0;
   u32 slot = ring.wait(load);
-  scores(s, left, ring.slots + slot * TILE_BYTES + straight);
+  product(s, left, ring.tile(slot) + straight);
   u32 after = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) after |= __float_as_uint(s[i][0]);
@@ -60,11 +69,11 @@ __device__ __forceinline__ void attend(Ring<SLOTS>& ring, u32 load, u32 queries,
   u32 p[1][4][4];
   soften(s, p[0], x, scale, queries, lane);
   slot = ring.wait(load + 1);
-  if (end < SIZE) blank_past(ring.slots + slot * TILE_BYTES, end, lane);
-  add_product<1>(p, x.acc, x.acc, ring.slots + slot * TILE_BYTES + turned);
+  if (end < SIZE) blank_past<V_BYTES>(ring.tile(slot), end, lane);
+  add_product<1>(p, x.acc, x.acc, ring.tile(slot) + turned);
   after = 0;
 #pragma unroll
-  for (int i = 0; i < D / 8; i++) after |= __float_as_uint(x.acc[i][0]);
+  for (int i = 0; i < DV / 8; i++) after |= __float_as_uint(x.acc[i][0]);
   ring.leave(slot, after, lane);
 }
 
@@ -90,12 +99,12 @@ __device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, i
     const bool stored = Q == 1 || query_of(lane, h) < queries;
     // A row that isn't stored reads what the first query's does: a branch around the loads would cost registers.
     const int head = hk * G + head_of(lane, h), row = first + (stored ? query_of(lane, h) : 0);
-    const i64 at = ((i64)batch * c.rows + row) * c.heads + head, word = at * (D / 8) + j;
-    uint4 cmp[D / 32], win[D / 32];  // what it mixes, all asked for at once: it comes from memory
+    const i64 at = ((i64)batch * c.rows + row) * c.heads + head, word = at * (DV / 8) + j;
+    uint4 cmp[DV / 32], win[DV / 32];  // what it mixes, all asked for at once: it comes from memory
     float g[3];
     if constexpr (MIX) {
 #pragma unroll
-      for (int m = 0; m < D / 32; m++) {
+      for (int m = 0; m < DV / 32; m++) {
         cmp[m] = load_once(reinterpret_cast<const uint4*>(c.o_cmp) + word + 4 * m);
         win[m] = load_once(reinterpret_cast<const uint4*>(c.o_win) + word + 4 * m);
       }
@@ -109,7 +118,7 @@ __device__ __forceinline__ void write(const Rows& x, const Call& c, int batch, i
     if (stored && j == 0)
       c.lse[((i64)batch * c.heads + head) * c.rows + row] = l > 0 ? (x.m[h] + log2_fast(l)) * LN2 : minus_infinity();
 #pragma unroll
-    for (int m = 0; m < D / 32; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
+    for (int m = 0; m < DV / 32; m++) {  // 32 columns; after the exchange a lane has 8 neighbouring ones
       u32 w[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) w[i] = pack(x.acc[4 * m + i][2 * h] * inverse, x.acc[4 * m + i][2 * h + 1] * inverse);
@@ -133,7 +142,7 @@ __device__ __forceinline__ void finish(const Rows& x, const Call& c, int batch, 
 __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMap* q_map, u32 head) {
   const int batch = word(head, BATCH), first = word(head, ROW), of = word(head, KV_HEAD) * G;
   for (int row = first; row < first + R; row += SHARE * Q)
-    loads.next(WARPS - SHARE, [&](u32 to, u32 full) {
+    loads.next(WARPS - SHARE, SHARE * ROWS_BYTES, [&](u32 to, u32 full) {
       for (int n = 0; n < SHARE; n++, to += ROWS_BYTES) {
 #pragma unroll
         for (int column = 0; column < D; column += COLUMNS)
@@ -144,13 +153,13 @@ __device__ __forceinline__ void load_queries(Loads<SLOTS>& loads, const TensorMa
 
 __device__ __forceinline__ void take_queries(Left& left, Ring<SLOTS>& ring, u32 load, int warp, u32 turned, int lane) {
   const u32 slot = ring.wait(load);
-  u32 at = ring.slots + slot * TILE_BYTES + warp % SHARE * ROWS_BYTES, after = 0;
+  u32 at = ring.tile(slot) + warp % SHARE * ROWS_BYTES, after = 0;
   asm volatile("" : "+r"(at));  // made here, not kept
   at += turned;
 #pragma unroll
   for (int d = 0; d < D / 16; d++) {
-    load_matrices(left.q[d], (at ^ (d & 3) * 32) + (d >> 2) * ROWS_BOX_BYTES);
-    after |= left.q[d][0];
+    left.take(d, at);
+    after |= left.bits(d);
   }
   ring.leave(slot, after, lane);
 }
@@ -159,6 +168,7 @@ __device__ __forceinline__ void multiply(Ring<SLOTS>& ring, const Call& c, int w
   const int items = c.tiles * c.kv_heads;
   const u32 straight = straight_at(lane), turned = turned_at(lane);
   Left left;
+  left.stash = ring.slots + STASH + warp * (STASHED * FRAGMENT_BYTES) + lane * 16;
   Rows x;
   u32 first = 0;  // loads of the tiles before
   int i = blockIdx.x;

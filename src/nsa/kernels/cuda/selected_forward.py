@@ -18,8 +18,8 @@ from nsa.kernels.triton.sequence import Spans
 from nsa.kernels.triton.tile import LOG2E
 
 WARPS, THREADS = 12, 512  # that multiply, and all of a block
-# The ring, 14 tiles of 16 KiB or more smaller ones, the barriers, and what aligning takes.
-SHARED = 14 * (16 << 10) + 1024 + 1024
+# ROOM of the source, for the ring and what follows it, the barriers, and what aligning takes.
+SHARED = (224 << 10) + 1024 + 1024
 
 
 class Call(Lists):
@@ -36,9 +36,9 @@ class Call(Lists):
 
 
 @functools.cache
-def program(dtype: torch.dtype, group: int, dim: int, device: int) -> Program | None:
-    """For groups of so many heads of ``dim``, on ``device``, the current one; None, after a warning, where it can't be had."""
-    return load("selected_forward", WARPS, THREADS, SHARED, dtype, group, dim, device)
+def program(dtype: torch.dtype, group: int, dim: int, value_dim: int, device: int) -> Program | None:
+    """For groups of so many heads, on ``device``, the current one; None, after a warning, where it can't be had."""
+    return load("selected_forward", WARPS, THREADS, SHARED, dtype, group, dim, value_dim, device)
 
 
 def selected_forward(
@@ -46,11 +46,11 @@ def selected_forward(
     mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """As the twin, from ``indices`` int32 ``[B, TQ, HK, width]``, contiguous: its lists have more queries than others'."""
-    batch, rows, heads, dim = q.shape
+    batch, rows, heads, value_dim = *q.shape[:3], v.shape[-1]
     save = mix is None or mix.save
     make = torch.zeros if spans.packed else torch.empty  # rows that belong to no sequence are written by nobody
-    o = make((batch, rows, heads, dim) if save else (0,), dtype=q.dtype, device=q.device)
-    mixed = None if mix is None else make((batch, rows, heads, dim), dtype=q.dtype, device=q.device)
+    o = make((batch, rows, heads, value_dim) if save else (0,), dtype=q.dtype, device=q.device)
+    mixed = None if mix is None else make((batch, rows, heads, value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     if spans.packed:
         lse.fill_(float("-inf"))

@@ -82,10 +82,10 @@ def list_shared(words: int) -> int:
     return 2 * words * 4
 
 
-def options(dtype: torch.dtype, group: int, dim: int) -> tuple[str, ...]:
+def options(dtype: torch.dtype, group: int, dim: int, value_dim: int) -> tuple[str, ...]:
     half = ["--define-macro=FP16"] if dtype == torch.float16 else []
-    macros = (f"--define-macro=GROUP={group}", f"--define-macro=DIM={dim}", *half)
-    return ("--gpu-architecture=sm_90a", "--std=c++17", *macros)
+    macros = (f"--define-macro={name}={x}" for name, x in (("GROUP", group), ("DIM", dim), ("VALUE_DIM", value_dim)))
+    return ("--gpu-architecture=sm_90a", "--std=c++17", *macros, *half)
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Program:
 
 
 def load(
-    name: str, warps: int, threads: int, shared: int, dtype: torch.dtype, group: int, dim: int, device: int
+    name: str, warps: int, threads: int, shared: int, dtype: torch.dtype, group: int, dim: int, value_dim: int, device: int
 ) -> Program | None:
     """The kernel ``name`` on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
     try:
-        module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype, group, dim)), device)
+        module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype, group, dim, value_dim)), device)
         lists = driver.Kernel(module, "selected_lists", list_threads(warps, group), list_shared(words_of(MOST_KEYS)))
         return Program(lists, driver.Kernel(module, name, threads, shared), shared)
     except (nvrtc.Unavailable, RuntimeError) as reason:

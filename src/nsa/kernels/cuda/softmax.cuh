@@ -7,12 +7,12 @@ namespace {
 constexpr float LAZY = 8;  // the maximum in use may be 2^8 too low: no probability is over 256
 
 struct Rows {  // of a warp: 4 neighbouring lanes hold rows lane / 4 and lane / 4 + 8
-  float acc[D / 8][4], m[2], l[2];  // l of the lane's own columns
+  float acc[DV / 8][4], m[2], l[2];  // l of the lane's own columns
 };
 
 __device__ __forceinline__ void reset(Rows& x) {
 #pragma unroll
-  for (int i = 0; i < D / 8; i++)
+  for (int i = 0; i < DV / 8; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) x.acc[i][j] = 0;
   // With several queries, blocks of others may come ahead of a row's first: till then its maximum is subtracted from itself.
@@ -43,7 +43,7 @@ __device__ __forceinline__ void soften(float (&s)[8][4], u32 (&p)[4][4], Rows& x
     x.l[0] *= less_a;
     x.l[1] *= less_b;
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
+    for (int i = 0; i < DV / 8; i++) {
       x.acc[i][0] *= less_a;
       x.acc[i][1] *= less_a;
       x.acc[i][2] *= less_b;
@@ -66,26 +66,6 @@ __device__ __forceinline__ void soften(float (&s)[8][4], u32 (&p)[4][4], Rows& x
   }
   x.l[0] += sum_a[0] + sum_a[1];
   x.l[1] += sum_b[0] + sum_b[1];
-}
-
-struct Left {
-  u32 q[D / 16][4];
-};
-
-__device__ __forceinline__ void scores(float (&s)[8][4], const Left& left, u32 k_at) {
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < 4; j++) s[i][j] = 0;
-#pragma unroll
-  for (int d = 0; d < D / 16; d++)
-#pragma unroll
-    for (int keys = 0; keys < SIZE / 16; keys++) {
-      u32 b[4];
-      load_matrices(b, (k_at ^ (d & 3) * 32) + (d >> 2) * BOX_BYTES + keys * 2048);
-      multiply_add(s[2 * keys], left.q[d], b[0], b[1]);
-      multiply_add(s[2 * keys + 1], left.q[d], b[2], b[3]);
-    }
 }
 
 }  // namespace

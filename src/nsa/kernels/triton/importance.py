@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nsa import decode_tuning, tuning
 from nsa.kernels.triton.dependent import wait_for_inputs
-from nsa.kernels.triton.exponential import mixed_exp2
 from nsa.kernels.triton.interval_forward import end_seen
 from nsa.kernels.triton.sequence import Spans, Tiles, locate, span
 from nsa.kernels.triton.tile import LOG2E, backward_lse, direct_descriptor, dot, load_direct, wide
@@ -32,7 +31,7 @@ def _keys(k, keys, inside, first, stride_kt, D: tl.constexpr, BD: tl.constexpr):
 def importance_of(
     q, k, lse, batch, row, hk, seen, keep, first, k_len, scale, stride_kt, stride_lh,
     G: tl.constexpr, PER: tl.constexpr, COVERS: tl.constexpr, BJ: tl.constexpr, SUB: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PIECES: tl.constexpr, MIX: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """``[BM, BJ]`` of the selection blocks from ``first - 1`` on, without the first of them, which lacks its due.
 
@@ -61,7 +60,7 @@ def importance_of(
             if PIECES == 3:
                 s = dot(load_direct(q, batch, row, hk * G + g, BD, BM, BD), kt1, s)
                 s = dot(load_direct(q, batch, row, hk * G + g, 2 * BD, BM, BD), kt2, s)
-            p += mixed_exp2(s * scale - row_lse[:, None], MIX)
+            p += tl.exp2(s * scale - row_lse[:, None])
         p = tl.where(inside[None, :] & (i[None, :] < seen[:, None]), p, 0.0)
         p = tl.reshape(p, [BM, BJ, SUB])
         weight = tl.minimum(PER - m0 - tl.arange(0, SUB), COVERS)[None, None, :]  # strides in the block's own selection block
@@ -90,7 +89,7 @@ def importance_kernel(
     q, k, lse, out, stride_kb, stride_kt, stride_kh, stride_lb, stride_lh, stride_lt,
     tile0, tiles, tile_seq, tile_first, table, q_len, k_len, offset, kv_heads, blocks, length, stride, size, scale,
     G: tl.constexpr, PER: tl.constexpr, COVERS: tl.constexpr, BJ: tl.constexpr, SUB: tl.constexpr,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PIECES: tl.constexpr, MIX: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr,
     TABLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     hk = tl.program_id(2)
@@ -112,7 +111,7 @@ def importance_kernel(
     k += batch * stride_kb + k_row * stride_kt + hk * stride_kh
     found = importance_of(
         q, k, lse, batch, q_row + start, hk, seen, keep, first, k_len, scale, stride_kt, stride_lh,
-        G, PER, COVERS, BJ, SUB, D, BM, BD, PIECES, MIX,
+        G, PER, COVERS, BJ, SUB, D, BM, BD, PIECES,
     )  # fmt: skip
     block = first - 1 + j
     at = out + ((wide(tl.program_id(1)) * BM + rows)[:, None] * kv_heads + hk) * blocks + block[None, :]
@@ -142,7 +141,7 @@ def block_importance(
         tile0, tiles.per_seq, tiles.seq, tiles.first, spans.table, spans.q_len, spans.k_len, spans.offset,
         kv_heads, blocks, length, stride, size, softmax_scale * LOG2E.value,
         G=q.shape[2] // kv_heads, PER=per, COVERS=length // stride, BJ=blocks_a_tile, SUB=sub,
-        D=dim, BM=tune.block_m, BD=width, PIECES=pieces, MIX=tuning.importance_mix(q.dtype, tuning.arch(q.device)),
+        D=dim, BM=tune.block_m, BD=width, PIECES=pieces,
         PACKED=spans.packed, TABLE=spans.table is not None,
         DEPENDENT=decode_tuning.dependent_launch(tuning.arch(q.device)), num_warps=tune.num_warps,
         num_stages=tune.num_stages, **options,
