@@ -111,9 +111,10 @@ def reckoned(kernel: str, operand: Any, arch: int, constants: dict[str, int]) ->
     ):
         return None
     keys = constants["BJ"] * constants["SUB"] if kind == "importance" else constants["BN"]
-    value_dim = constants.get("BDV", constants["BD"])
+    dim = constants["BD"] * constants.get("PIECES", 1)
+    value_dim = constants.get("BDV", dim)
     dtype = getattr(operand, "base", operand).dtype
-    return tuning.shared_bytes(kind, constants["BM"], keys, constants["BD"], value_dim, dtype, constants["num_stages"], arch)
+    return tuning.shared_bytes(kind, constants["BM"], keys, dim, value_dim, dtype, constants["num_stages"], arch)
 
 
 @contextmanager
