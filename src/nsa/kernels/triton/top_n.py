@@ -198,7 +198,7 @@ def select_blocks(
         count, space = min(step, tiles.count - tile0), halves[i % len(halves)]
         # The queries of one sequence see no block past their last: fewer in the first chunks.
         alone = spans.table is None and spans.num_seqs == 1
-        seen = max(0, min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1)) if alone else blocks
+        seen = max(0, min(blocks, triton.cdiv(spans.offset + (tile0 + count) * tile, size))) if alone else blocks
         early = beside and i > 0
         block_importance(q, k, lse, space, spans, tiles, tile0, count, seen, length, stride, size, softmax_scale, early)
         _top_n(space, out, spans, tiles, tile, tile0, count, seen, size, n, num_initial, num_local, beside)
