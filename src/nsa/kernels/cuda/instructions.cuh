@@ -131,6 +131,9 @@ __device__ __forceinline__ float widen(u16 x) {
   return y;
 }
 
+// Once all CTAs have come here or ended: the next launch, if it was told so, may fill what is free of the GPU.
+__device__ __forceinline__ void dependents_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 template <int N>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
