@@ -111,10 +111,10 @@ def test_what_it_takes(changed: dict[str, Any], reason: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "multiprocessors", "whole"), [(128, 132, True), (132, 132, True), (160, 132, False), (264, 132, True)]
+    ("pairs", "whole"), [(128, True), (132, True), (64, True), (32, False), (160, False), (200, True), (264, True), (400, True)]
 )
-def test_when_it_is_chosen(pairs: int, multiprocessors: int, whole: bool) -> None:
-    assert decode_tuning.whole(pairs, multiprocessors) == whole
+def test_when_it_is_chosen(pairs: int, whole: bool) -> None:
+    assert decode_tuning.whole(pairs, 132) == whole
 
 
 @pytest.fixture

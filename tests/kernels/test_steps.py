@@ -32,10 +32,11 @@ def _poisoned() -> Iterator[None]:
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
 def test_every_output_and_gradient(device: str, draw: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa.kernels import hopper
+    from nsa.kernels import cuda, hopper
 
     if portable(draw, device):
         monkeypatch.setattr(hopper, "supports", lambda *_: "switched off")
+        monkeypatch.setattr(cuda, "ranks", lambda *_: "switched off")
     case, dtype = drawn_case(draw, device)
     low = guarded_inputs(case, dtype, device)
     exact, plain = low.to(torch.float64), low.to(dtype)
@@ -173,8 +174,10 @@ def test_gates_of_any_sign(device: str, dtype: torch.dtype) -> None:
 
 def test_more_blocks_than_a_program_ranks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A million tokens have them: the ranking then goes through memory piece by piece."""
+    from nsa.kernels import cuda
     from nsa.kernels.triton import top_n
 
+    monkeypatch.setattr(cuda, "ranks", lambda *_: "switched off")
     monkeypatch.setattr(top_n, "WIDEST", 16)
     cfg = nsa.NSAConfig(
         head_dim=16, num_heads=6, num_kv_heads=2, block_length=4, block_stride=4, selection_block_size=4,

@@ -10,7 +10,7 @@ from nsa import decode_tuning, tuning
 from nsa.config import NSAConfig
 from nsa.kernels import cuda, hopper
 from nsa.kernels.triton.combine import Mix, combine
-from nsa.kernels.triton.sequence import Spans
+from nsa.kernels.triton.sequence import Spans, Tiles
 from nsa.kernels.triton.union import union_lists
 
 
@@ -51,6 +51,34 @@ def interval_backward(
         parts = zip(interval_dkv(*arguments), (k, v))
         dk, dv = (x[0].to(y.dtype) if len(x) == 1 else x.sum(0).to(y.dtype) for x, y in parts)
     return dq, dk, dv
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, lse: Tensor, spans: Spans, length: int, stride: int, size: int, n: int,
+    num_initial: int, num_local: int, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    """q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``: int32 ``[B, TQ, HK, n]``."""
+    from nsa.kernels.triton.top_n import select_blocks as in_chunks
+
+    return in_chunks(q, k, lse, spans, length, stride, size, n, num_initial, num_local, softmax_scale, _top_n)
+
+
+def _top_n(
+    importance: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile: int, tile0: int, count: int, ranked: int,
+    size: int, n: int, num_initial: int, num_local: int, beside: bool,
+) -> None:  # fmt: skip
+    arguments = importance, out, spans, tiles, tile, tile0, count, ranked, size, n, num_initial, num_local, beside
+    device = importance.device
+    if device.type == "cuda" and cuda.ranks(ranked, n, tuning.arch(device)) is None:
+        from nsa.kernels.cuda.top_n import program
+        from nsa.kernels.cuda.top_n import top_n as in_cuda
+
+        loaded = program(tile, device.index)
+        if loaded is not None:
+            return in_cuda(loaded, *arguments)
+    from nsa.kernels.triton.top_n import top_n as portable
+
+    return portable(*arguments)
 
 
 def _in_cuda(q: Tensor, k: Tensor, v: Tensor, width: int, size: int) -> bool:

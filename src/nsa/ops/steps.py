@@ -117,8 +117,8 @@ def select_op(
     length: int, stride: int, size: int, n: int, num_initial: int, num_local: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """int32 ``[B, TQ, HK, n]``; lse fp32 ``[B, TQ, HQ]``."""
+    from nsa.kernels.launch import select_blocks
     from nsa.kernels.triton.sequence import spans
-    from nsa.kernels.triton.top_n import select_blocks
 
     with on_device_of(q):
         where = spans(q.shape[1], k.shape[1], sequence_info(q, cu_q, cu_k, lens, seqlen_k), length, stride)

@@ -35,9 +35,8 @@ def attention_op(
     """o ``[B, TQ, HQ, DV]``; the selection int32 ``[B, TQ, HK, n]``, empty where ``indices`` is given; and for the backward,
     empty without ``save``, the outputs of the branches and their lse fp32 ``[B, HQ, TQ]``, each compressed, selected, window.
     """
-    from nsa.kernels.launch import interval_forward, selected_and_combined
+    from nsa.kernels.launch import interval_forward, select_blocks, selected_and_combined
     from nsa.kernels.triton.sequence import spans
-    from nsa.kernels.triton.top_n import select_blocks
 
     with on_device_of(q):
         info = sequence_info(q, cu_q, cu_k, lens, seqlen_k)

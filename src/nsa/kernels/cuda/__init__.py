@@ -10,6 +10,7 @@ import torch
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128))  # of keys and of values
 ROWS, SIZE, WIDTH = 16, 64, 16  # as in tiles.cuh and selected_lists.cuh
 MOST_KEYS = 1 << 23  # for every 32 blocks, the kernel that makes lists has two words of shared memory, 32 KiB in all
+RANKED, CHOSEN = 2048, 32  # blocks that a row's warp holds in registers, and that it chooses, one a lane
 
 
 def supports(
@@ -34,4 +35,15 @@ def supports(
         return f"its lists hold {WIDTH} blocks a query, got {width}"
     if keys > MOST_KEYS:
         return f"its lists hold the blocks of {MOST_KEYS} keys, got {keys}"
+    return None
+
+
+def ranks(blocks: int, n: int, arch: int) -> str | None:
+    """``None`` if a kernel here chooses ``n`` of so many blocks, else the reason why not."""
+    if arch != 90:
+        return f"it needs compute capability 9.0, got {arch / 10}"
+    if n > CHOSEN:
+        return f"it chooses {CHOSEN} blocks at most, got {n}"
+    if blocks > RANKED:
+        return f"it holds {RANKED} blocks in registers, got {blocks}"
     return None

@@ -139,6 +139,8 @@ __device__ __forceinline__ float widen(u16 x) {
 
 // Until every launch before this one has ended and what it wrote can be read.
 __device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Once all CTAs have come here or ended: the next launch, if it was told so, may fill what is free of the GPU.
+__device__ __forceinline__ void dependents_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 template <int N>
 __device__ __forceinline__ void fewer_registers() {

@@ -7,6 +7,8 @@ takes a few. A running count of what lies above it writes the indices in ascendi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -174,9 +176,12 @@ def top_n_kernel(
 
 def select_blocks(
     q: Tensor, k: Tensor, lse: Tensor, spans: Spans, length: int, stride: int, size: int, n: int,
-    num_initial: int, num_local: int, softmax_scale: float,
+    num_initial: int, num_local: int, softmax_scale: float, rank: Callable[..., None],
 ) -> Tensor:  # fmt: skip
-    """q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``: int32 ``[B, TQ, HK, n]``."""
+    """q ``[B, TQ, HQ, D]``, k ``[B, N, HK, D]``, lse ``[B, TQ, HQ]``: int32 ``[B, TQ, HK, n]``.
+
+    ``rank``: ``top_n`` or its twin.
+    """
     batch, rows, _, dim = q.shape
     kv_heads = k.shape[2]
     out = torch.full((batch, rows, kv_heads, n), -1, dtype=torch.int32, device=q.device)
@@ -198,20 +203,20 @@ def select_blocks(
         count, space = min(step, tiles.count - tile0), halves[i % len(halves)]
         # The queries of one sequence see no block past their last: fewer in the first chunks.
         alone = spans.table is None and spans.num_seqs == 1
-        seen = max(0, min(blocks, (spans.offset + (tile0 + count) * tile) // size + 1)) if alone else blocks
+        seen = max(0, min(blocks, triton.cdiv(spans.offset + (tile0 + count) * tile, size))) if alone else blocks
         early = beside and i > 0
         block_importance(q, k, lse, space, spans, tiles, tile0, count, seen, length, stride, size, softmax_scale, early)
-        _top_n(space, out, spans, tiles, tile, tile0, count, seen, size, n, num_initial, num_local, beside)
+        rank(space, out, spans, tiles, tile, tile0, count, seen, size, n, num_initial, num_local, beside)
     return out
 
 
-def _top_n(
+def top_n(
     importance: Tensor, out: Tensor, spans: Spans, tiles: Tiles, tile: int, tile0: int, count: int, ranked: int,
     size: int, n: int, num_initial: int, num_local: int, beside: bool,
 ) -> None:  # fmt: skip
     """Rank the first ``ranked`` blocks for ``count`` tiles of ``tile`` queries from ``tile0`` on.
 
-    importance ``[rows, HK, blocks]``, out ``[B, TQ, HK, n]``.
+    importance ``[rows, HK, blocks]``, out ``[B, TQ, HK, n]``. ``beside``: the next launch may start.
     """
     kv_heads, blocks = importance.shape[1:]
     width = min(WIDEST, triton.next_power_of_2(max(ranked, 16)))
