@@ -249,6 +249,14 @@ __device__ __forceinline__ void end_branch(const float (&gates)[2], Rows& x, flo
 
 // ---- the choice
 
+__device__ __forceinline__ void load_rows(float (&x)[ROWS], const float* from) {
+#pragma unroll
+  for (int i = 0; i < ROWS / 4; i++) {
+    const float4 y = reinterpret_cast<const float4*>(from)[i];
+    x[4 * i] = y.x, x[4 * i + 1] = y.y, x[4 * i + 2] = y.z, x[4 * i + 3] = y.w;
+  }
+}
+
 // How each of the pair's selection blocks ranks, as integers: the bits of its importance, or FORCED. Of `kept`, maxima become what
 // makes probabilities of the weights.
 __device__ __forceinline__ void rank_blocks(float* kept, const Call& c, const Work& w, u32 slots, int thread) {
@@ -257,34 +265,33 @@ __device__ __forceinline__ void rank_blocks(float* kept, const Call& c, const Wo
     *peak = i % ROWS < c.group ? exp2_fast(*peak - at<float>(slots, LSE, i % ROWS)) : 0;
   }
   multiplying_warps();
-  for (int i = thread; i <= w.tiles * PER_TILE; i += MULTIPLY) {
+  for (int i = thread; i < w.tiles * PER_TILE; i += MULTIPLY) {
     const int tile = i / PER_TILE, place = i % PER_TILE, block = tile * PER_TILE + block_at(place);
     if (block > w.own) continue;
-    float sum = 0;
-    if (tile < w.tiles) {
-      const float* its = kept + tile * KEPT;
-      float weights[ROWS], factors[ROWS], rest = 0;
+    const float* its = kept + tile * KEPT;
+    float weights[ROWS], factors[ROWS], rest = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) weights[r] = its[r * PER_TILE + place];
+    load_rows(factors, its + PEAKS);
+    if (place == 0 && tile > 0) {
+      float edges[ROWS], edge_factors[ROWS];
+      load_rows(edges, its + EDGES - KEPT);
+      load_rows(edge_factors, its + PEAKS - KEPT);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
-        weights[r] = its[r * PER_TILE + place];
-        factors[r] = its[PEAKS + r];
+        // Blocks that tie must agree in their last bit, so what comes in two parts is added up first where it can be.
+        if (edge_factors[r] == factors[r]) weights[r] += edges[r];
+        else rest += edges[r] * edge_factors[r];
       }
-      if (place == 0 && tile > 0) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          const float edge = its[EDGES + r - KEPT], factor = its[PEAKS + r - KEPT];
-          // Blocks that tie must agree in their last bit, so what comes in two parts is added up first where it can be.
-          if (factor == factors[r]) weights[r] += edge;
-          else rest += edge * factor;
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) sum += weights[r] * factors[r];
-      sum += rest;
     }
+    float sum = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sum += weights[r] * factors[r];
     const bool forced = block < c.num_initial || block > w.own - c.num_local;
-    at<int>(slots, SPACE, block) = forced ? FORCED : __float_as_int(sum);
+    at<int>(slots, SPACE, block) = forced ? FORCED : __float_as_int(sum + rest);
   }
+  // The newest token's own block, in which no compressed one need start.
+  if (thread == 0 && w.own >= w.tiles * PER_TILE) at<int>(slots, SPACE, w.own) = FORCED;
 }
 
 // How many of the first `count` ranks are `least` or higher.
@@ -337,14 +344,22 @@ __device__ __forceinline__ void choose(u32 slots, int count, int n, int lane) {
   // The n-th highest of the lanes' own highest: n ranks or more reach it, mostly few more.
   const int low = max(0, __shfl_sync(~0u, top, __ffs(__ballot_sync(~0u, ahead_of(top, lane) == n - 1)) - 1));
   const u32 below = (1u << lane) - 1;
+  constexpr int AT_ONCE = 8;
   int some = 0;
-#pragma unroll 4
-  for (int first = 0; first < count; first += 32) {
-    const int rank = first + lane < count ? at<int>(slots, SPACE, first + lane) : -1;
-    const u32 all = __ballot_sync(~0u, rank >= low);
-    const int place = some + __popc(all & below);
-    if (rank >= low && place < 32) at<int2>(slots, FEW, place) = make_int2(rank, first + lane);
-    some += __popc(all);
+  for (int first = 0; first < count; first += 32 * AT_ONCE) {
+    int ranks[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int block = first + 32 * i + lane;
+      ranks[i] = block < count ? at<int>(slots, SPACE, block) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const u32 all = __ballot_sync(~0u, ranks[i] >= low);
+      const int place = some + __popc(all & below);
+      if (ranks[i] >= low && place < 32) at<int2>(slots, FEW, place) = make_int2(ranks[i], first + 32 * i + lane);
+      some += __popc(all);
+    }
   }
   __syncwarp();
   int written;
