@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and one clean line for what it refuses."""
 
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ from typer.testing import CliRunner
 
 import nsa
 from nsa import _dispatch
+from nsa.bench.data import selection_figures
 from nsa.cli import app
-from nsa.train import load_checkpoint
+from nsa.train import load_checkpoint, read_corpus
 from nsa.train.metrics import read_metrics
 
 TEXT = "def attend(query, keys, values):\n    return softmax(query @ keys) @ values\n\n"
@@ -75,6 +77,28 @@ def test_several_paths_may_follow_data(text, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert load_checkpoint(tmp_path / "run").data == tuple(str(text / f"{i}.py") for i in range(3))
+
+
+def test_selections_of_a_trained_model(text, tmp_path):
+    train(text, tmp_path / "run", "--steps", 2)
+    result = nsa_command("bench", "selections", "--checkpoint", tmp_path / "run", "--device", "cpu", "--tokens", 100)
+    assert result.exit_code == 0, result.output
+    assert "2 steps, 100 tokens of validation text, 4 blocks of 8 tokens a query, queries from 50 on" in result.output
+    saved, corpus = load_checkpoint(tmp_path / "run"), read_corpus([text])
+    for layer, blocks in enumerate(saved.build_model().selected_blocks(corpus.validation[None, :100].long())):
+        overlap, union = selection_figures(blocks, 50)
+        assert re.search(rf"{layer} .* {overlap:.2f} .* {union:.1f} ", result.output), (overlap, union)
+
+
+@pytest.mark.parametrize("tokens", [7, 10**9])
+def test_selections_in_more_text_than_there_is_are_refused(text, tmp_path, tokens):
+    train(text, tmp_path / "run", "--steps", 2)
+    refused(nsa_command("bench", "selections", "--checkpoint", tmp_path / "run", "--tokens", tokens), "tokens must be 8 to")
+
+
+def test_selections_need_a_sparse_model(text, tmp_path):
+    train(text, tmp_path / "run", "--attention", "window", "--steps", 2)
+    refused(nsa_command("bench", "selections", "--checkpoint", tmp_path / "run", "--tokens", 100), "attention must be 'nsa'")
 
 
 def test_a_finished_run_resumes_to_nothing_new(text, tmp_path):

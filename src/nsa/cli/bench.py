@@ -1,4 +1,4 @@
-"""``nsa bench``: everything, or ``nsa bench steps``, ``decode`` and ``prefill`` with options of their own."""
+"""``nsa bench``: everything, or ``nsa bench steps``, ``decode``, ``prefill`` and ``selections`` with options of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from nsa.bench.decode_command import decode
 from nsa.bench.prefill_command import prefill
 from nsa.bench.tables_command import tables
 from nsa.cli.errors import clean_errors
+from nsa.cli.selections import selections
 
 
 class TablesUnlessNamed(TyperGroup):
@@ -35,3 +36,4 @@ bench_app.command("tables")(clean_errors(tables))
 bench_app.command("steps")(clean_errors(bench))
 bench_app.command("decode")(clean_errors(decode))
 bench_app.command("prefill")(clean_errors(prefill))
+bench_app.command("selections")(clean_errors(selections))
