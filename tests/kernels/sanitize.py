@@ -20,22 +20,23 @@ import triton
 import triton.language as tl
 
 import nsa
-from nsa import ops
+from nsa import decode_tuning, ops
 from nsa.kernels import cuda, hopper
 
 SHAPES = (  # dtype, D, DV, KV heads, group
     (torch.bfloat16, 128, 128, 1, 4),
     (torch.bfloat16, 128, 128, 2, 16),  # the selected branch and its dq in CUDA C++
     (torch.float16, 64, 64, 2, 16),
+    (torch.bfloat16, 192, 128, 1, 16),
     (torch.float32, 40, 24, 2, 3),
     (torch.float32, 256, 256, 1, 40),  # selection blocks in pieces, a group's heads in shares
 )
 
 
-def config(dim: int, value_dim: int, kv_heads: int, group: int) -> nsa.NSAConfig:
+def config(dim: int, value_dim: int, kv_heads: int, group: int, length: int = 16) -> nsa.NSAConfig:
     return nsa.NSAConfig(
-        head_dim=dim, value_dim=value_dim, num_heads=kv_heads * group, num_kv_heads=kv_heads, block_length=16, block_stride=8,
-        selection_block_size=64, num_selected_blocks=3, num_local_blocks=1, window_size=70,
+        head_dim=dim, value_dim=value_dim, num_heads=kv_heads * group, num_kv_heads=kv_heads, block_length=length,
+        block_stride=length // 2, selection_block_size=64, num_selected_blocks=3, num_local_blocks=1, window_size=70,
     )  # fmt: skip
 
 
@@ -68,6 +69,19 @@ def decode(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: i
         assert nsa.cached_attention(q, gates, cache).isfinite().all()
 
 
+def decode_at_once(dtype: torch.dtype, dim: int, value_dim: int, kv_heads: int, group: int) -> None:
+    """Steps of one token in one kernel, over more tiles than it has warps, and with weights in memory and not."""
+    cfg = config(dim, value_dim, kv_heads, group, 32)
+    for room in (9_300, 80_000):
+        cache = nsa.NSACache(cfg, 2, room, dtype=dtype, device="cuda")
+        make = lambda tokens, heads, width: torch.randn(2, tokens, heads, width, device="cuda").to(dtype)
+        compress = [nsa.BlockCompressor(width, cfg, "mean") for width in (dim, value_dim)]
+        for tokens in (9_250, 1, 16):
+            cache.append(*(make(tokens, kv_heads, width) for width in (dim, value_dim) * 3), *compress)
+            q, gates = make(1, kv_heads * group, dim), make(1, kv_heads * group, 3)
+            assert nsa.cached_attention(q, gates, cache).isfinite().all()
+
+
 @triton.jit
 def overrun_kernel(x, n, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
@@ -89,6 +103,9 @@ def main() -> None:
     for shape in [SHAPES[i] for i in numbers] or SHAPES:
         for page_size in (None, 64):
             decode(*shape, page_size)
+        if "--portable" not in sys.argv:
+            with mock.patch.object(decode_tuning, "whole", return_value=True):
+                decode_at_once(*shape)
         for packed in (False, True):
             if "--portable" not in sys.argv:
                 call(*shape, packed)
