@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import nsa
+from nsa.kernels import hopper
 from tests.cases import KINDS, Case, Inputs, make_inputs, random_call
 
 
@@ -98,7 +99,7 @@ def portable(draw: int, device: str) -> bool:
     """Whether case ``draw`` does without kernels that only one kind of GPU runs: every other round, where there are any."""
     known = shapes(device)
     shape = known[draw % len(known)]
-    some = shape.dtype != "float32" and shape.dim in (64, 128) and shape.value_dim in (64, 128)
+    some = shape.dtype != "float32" and (shape.dim, shape.value_dim) in hopper.HEAD_DIMS
     return some and draw // (len(known) * len(kinds(draw % len(known), device))) % 2 == 1
 
 
