@@ -203,6 +203,18 @@ def test_nothing_to_attend_to(device: str, always: mock.Mock) -> None:
     assert torch.equal(o, torch.zeros_like(o))
 
 
+def test_queries_at_an_odd_address(device: str, always: mock.Mock) -> None:
+    cache = nsa.NSACache(CFG, 1, 300, dtype=torch.bfloat16, device=device)
+    cache.append(
+        *torch.randn(6, 1, 200, 2, 128, device=device).bfloat16(), *(nsa.BlockCompressor(128, CFG, "mean") for _ in "kv")
+    )
+    numbers = torch.randn(32 * 128 + 1, device=device).bfloat16()
+    odd, gates = numbers[1:].view(1, 1, 32, 128), numbers[: 32 * 3].view(1, 1, 32, 3).sigmoid()
+    assert odd.data_ptr() % 4 == 2
+    assert torch.equal(nsa.cached_attention(odd, gates, cache), nsa.cached_attention(odd.clone(), gates, cache))
+    assert always.call_count == 2
+
+
 def test_replays_give_what_steps_give(device: str, always: mock.Mock) -> None:
     """While the window's ring wraps around, and blocks and tiles begin."""
     make = lambda heads, dim=128: torch.zeros(2, 1, heads, dim, dtype=torch.bfloat16, device=device)

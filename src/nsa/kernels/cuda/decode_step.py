@@ -82,6 +82,8 @@ def decode_step(
     cfg: NSAConfig,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the twin, for what ``supports`` says: of one token, and of caches without pages."""
+    if q.data_ptr() % 4:  # the kernel reads two numbers at once
+        q = q.clone()
     batch, _, heads, _ = q.shape
     k_slc, v_slc, k_cmp, v_cmp = pools
     kv_heads, tiles = cfg.num_kv_heads, -(-k_cmp.shape[1] // SIZE)
