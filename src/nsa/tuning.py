@@ -199,10 +199,10 @@ def importance(dim: int, dtype: torch.dtype, arch: int) -> Tile:
     wide = padded_dim(dim) > 128
     if dtype == torch.float32:
         tile = Tile(32, 32, 4, 1) if wide else Tile(32, 64, 4, 1)
-    elif (wide and dim > 192) or not _hopper(arch):
+    elif dim > 192 or not _hopper(arch):
         tile = Tile(64, 64, 4, 2)
     elif wide:
-        tile = Tile(64, 128, 4, 2)
+        tile = Tile(64, 128, 4, 2)  # of 192 columns: with the top-n 8.0 ms on an H200; no other was timed
     else:
         # Without the top-n, on 2026-11-25, with ``importance_registers``: 5.21 ms (3 stages: 5.66; neither: 5.86). Before, of 3
         # stages: 5.1 to 5.5 ms (128 queries: 7.3; 64 blocks: 6.2; 256: 7.7).
@@ -222,7 +222,7 @@ def importance_registers(dim: int, dtype: torch.dtype, starting: int, arch: int)
     return 160 if 2 < starting <= 64 else None
 
 
-# Hopper's twins, for 16 bit and head dims of 64 or 128. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.
+# Hopper's twins, for 16 bit and ``hopper.HEAD_DIMS``. H100 80GB HBM3, 2026-11-24, 65,536 tokens, 64/4 heads of 128, bf16.
 HOPPER_SELECTED_STAGES = 3  # 14.6 ms random, 10.0 trained-like (2 stages: 14.5, 10.1; the portable kernel: 16.1, 11.1)
 
 
@@ -241,7 +241,7 @@ def hopper_selected_dkv(rows: int, dim: int) -> Gather:
     """Of ``rows`` queries in the batch."""
     # 8.7 ms with chunks of 4,096 rows (half or twice as many: 1.4 and 0.1 ms slower), items of 512 queries (256: 0.2 to 0.4 ms
     # slower, 1,024: 0.3 to 0.4). What a chunk costs does not depend on its length: there are 16 at most.
-    # Of 192 columns, which were not timed, the gradients leave too few registers for probabilities of 64 rows.
+    # Of 192 columns the gradients leave too few registers for probabilities of 64 rows; no other tile was timed.
     tile = (32, 3) if dim > 128 else (64, 2)
     return Gather(max(1024, -(-rows // 16)), 512, *tile)
 
@@ -272,7 +272,7 @@ def hopper_interval_dq(windowed: bool, group: int) -> HopperTile:
 
 def hopper_interval_dkv(dim: int) -> Tile:
     """The gradients of keys and values: ``block_m`` queries at a time."""
-    # Of 192 columns, which were not timed, the gradients leave too few registers for probabilities of 64 queries.
+    # Of 192 columns the gradients leave too few registers for probabilities of 64 queries; no other tile was timed.
     return Tile(32, 128, 8, 4) if dim > 128 else Tile(64, 128, 8, 3)
 
 

@@ -16,7 +16,7 @@ import torch
 
 import nsa
 from nsa import decode_tuning
-from nsa.kernels.cuda import HEAD_DIMS, ROWS, decode_step, nvrtc
+from nsa.kernels.cuda import CHOSEN, HEAD_DIMS, ROWS, decode_step, driver, nvrtc
 from nsa.kernels.cuda.selected_lists import options
 from tests import naive
 from tests.kernels.test_cuda_selected import NVCC
@@ -49,7 +49,7 @@ def test_compiles_by_nvcc(dim: int, value_dim: int, dtype: torch.dtype, tmp_path
     source.write_text(LAYOUT.format(
         source=nvrtc.SOURCES / "decode_step.cu", size=ctypes.sizeof(call), fields="\n".join(fields), dim=dim,
         value_dim=value_dim, rows=ROWS, threads=decode_step.THREADS, blocks=decode_step.MOST_BLOCKS,
-        chosen=decode_step.MOST_CHOSEN, length=decode_step.LENGTH, stride=decode_step.STRIDE, near=decode_step.NEAR_TILES,
+        chosen=CHOSEN, length=decode_step.LENGTH, stride=decode_step.STRIDE, near=decode_step.NEAR_TILES,
         kept=decode_step.KEPT, shared=decode_step.SHARED,
     ))  # fmt: skip
     command = [
@@ -115,6 +115,49 @@ def test_what_it_takes(changed: dict[str, Any], reason: str | None) -> None:
 )
 def test_when_it_is_chosen(pairs: int, whole: bool) -> None:
     assert decode_tuning.whole(pairs, 132) == whole
+
+
+@pytest.mark.parametrize("fails", ["library", "version"])
+def test_says_why_its_twin_runs(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, fails, mock.Mock(side_effect=nvrtc.Unavailable("the reason")))
+    with pytest.warns(RuntimeWarning, match="decode_step takes its slower kernel: the reason") as warned:
+        assert decode_step.program.__wrapped__(torch.bfloat16, 128, 128, 0) is None
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("room", [300, 80_000])
+def test_what_it_launches(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program for each pair, told where everything lies; weights in memory only where there are too many."""
+    described, kernel = mock.Mock(), mock.Mock()
+    monkeypatch.setattr(driver, "describe", described)
+    monkeypatch.setattr(driver, "enter", mock.Mock())
+    cache = nsa.NSACache(CFG, 3, room, dtype=torch.bfloat16)
+    view, numbers = cache.view(), torch.zeros(3 * 32 * 128 + 1, dtype=torch.bfloat16)
+    q, gates = numbers[1:].view(3, 1, 32, 128), torch.zeros(3, 1, 32, 3)
+    pools, rings = [view.k_slc, view.v_slc, view.k_cmp, view.v_cmp], [view.k_win, view.v_win]
+    told = []
+    kernel.launch.side_effect = lambda grid, shared, arguments, early: told.append(
+        (
+            grid,
+            shared,
+            early,
+            arguments[:-1],
+            decode_step.Call.from_buffer_copy(ctypes.string_at(arguments[-1], ctypes.sizeof(decode_step.Call))),
+        )
+    )
+    o, indices = decode_step.decode_step(kernel, q, gates, pools, rings, view.lengths, CFG)
+    ((grid, shared, early, maps, call),) = told
+    assert (grid, shared, early) == ((6, 1), decode_step.SHARED, True)
+    assert maps == [x.args[0] for x in described.call_args_list]
+    assert maps == [maps[0] + 128 * i for i in range(6)]
+    assert maps[0] % 64 == 0
+    in_order = (view.k_cmp, view.v_cmp, view.k_slc, view.v_slc, view.k_win, view.v_win)
+    assert all(x.args[1] is y for x, y in zip(described.call_args_list, in_order, strict=True))
+    assert call.q % 4 == 0  # a copy: these queries lie at an odd address
+    assert (call.gates, call.lengths, call.o, call.indices) == tuple(x.data_ptr() for x in (gates, view.lengths, o, indices))
+    assert (call.heads, call.kv_heads, call.group, call.n, call.window, call.wide_gates) == (32, 2, 16, 16, 512, 1)
+    assert (call.rows, call.slots, call.tiles) == (view.k_slc.shape[1], view.k_win.shape[1], -(-view.k_cmp.shape[1] // 64))
+    assert (call.kept is None) == (call.tiles <= decode_step.NEAR_TILES) == (room == 300)
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.cuda import HEAD_DIMS, ROWS, SIZE, driver, nvrtc
+from nsa.kernels.cuda import CHOSEN, ROWS, SIZE, driver, holds, nvrtc
 from nsa.kernels.cuda.selected_lists import options
 from nsa.kernels.triton.tile import LOG2E
 
@@ -24,7 +23,7 @@ NEAR_TILES, KEPT = 66, ROWS * (16 + 2)  # tiles whose weights shared memory has 
 # The ring, 8 tiles of 16 KiB or more smaller ones, what warps give each other, those weights, the barriers, and what aligning
 # takes.
 SHARED = 8 * (16 << 10) + 8 * ROWS * 40 * 4 + NEAR_TILES * KEPT * 4 + 2048 + 1024
-MOST_BLOCKS, MOST_CHOSEN = 4096, 32
+MOST_BLOCKS = 4096
 
 
 class Call(ctypes.Structure):
@@ -45,22 +44,17 @@ class Call(ctypes.Structure):
 def supports(q: Tensor, value_dim: int, paged: bool, max_seq_len: int, cfg: NSAConfig, arch: int) -> str | None:
     """``None`` if the kernel takes a step like this, else the reason why not. ``q`` ``[B, TQ, HQ, D]``."""
     dim, geometry = q.shape[-1], (cfg.block_length, cfg.block_stride, cfg.selection_block_size)
-    if arch != 90:
-        return f"it needs compute capability 9.0, got {arch / 10}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in fp16 and bf16, got {q.dtype}"
-    if (dim, value_dim) not in HEAD_DIMS:
-        known = " or ".join(f"{x}/{y}" for x, y in HEAD_DIMS)
-        return f"it holds head dims of {known} of keys and values, got {dim}/{value_dim}"
+    if refused := holds(q.dtype, dim, value_dim, arch):
+        return refused
     if q.shape[1] != 1 or cfg.group_size > ROWS:
         return f"it takes one token, of up to {ROWS} heads a KV head, got {q.shape[1]} of {cfg.group_size}"
     if paged:
         return "it reads tokens that lie side by side, got pages"
     if geometry != (LENGTH, STRIDE, SIZE):
         return f"it takes blocks of {LENGTH} tokens every {STRIDE}, selected by {SIZE}, got {geometry}"
-    if cfg.num_selected_blocks > MOST_CHOSEN or cfg.num_selection_blocks(max_seq_len) > MOST_BLOCKS:
+    if cfg.num_selected_blocks > CHOSEN or cfg.num_selection_blocks(max_seq_len) > MOST_BLOCKS:
         return (
-            f"it chooses up to {MOST_CHOSEN} of {MOST_BLOCKS} blocks, got {cfg.num_selected_blocks} of "
+            f"it chooses up to {CHOSEN} of {MOST_BLOCKS} blocks, got {cfg.num_selected_blocks} of "
             f"{cfg.num_selection_blocks(max_seq_len)}"
         )
     return None
@@ -69,12 +63,12 @@ def supports(q: Tensor, value_dim: int, paged: bool, max_seq_len: int, cfg: NSAC
 @functools.cache
 def program(dtype: torch.dtype, dim: int, value_dim: int, device: int) -> driver.Kernel | None:
     """For such head dims, on ``device``, the current one; None, after a warning, where it can't be had."""
-    try:
+
+    def loaded() -> driver.Kernel:
         module = driver.load(nvrtc.cubin("decode_step.cu", options(dtype, ROWS, dim, value_dim)), device)
         return driver.Kernel(module, "decode_step", THREADS, SHARED)
-    except (nvrtc.Unavailable, RuntimeError) as reason:
-        warnings.warn(f"decode_step takes its slower kernels: {reason}", RuntimeWarning, stacklevel=3)
-        return None
+
+    return driver.attempt("decode_step", loaded)
 
 
 def decode_step(
@@ -97,11 +91,7 @@ def decode_step(
         heads, kv_heads, cfg.group_size, tiles, k_slc.shape[1], rings[0].shape[1], cfg.window_size, cfg.num_selected_blocks,
         cfg.num_initial_blocks, cfg.num_local_blocks, gates.dtype == torch.float32, cfg.softmax_scale * LOG2E.value, 0,
     )  # fmt: skip
-    tensors = (k_cmp, v_cmp, k_slc, v_slc, *rings)
-    room = ctypes.create_string_buffer(len(tensors) * driver.MAP_BYTES + 63)
-    maps = [(ctypes.addressof(room) + 63 & ~63) + i * driver.MAP_BYTES for i in range(len(tensors))]
-    for at, x in zip(maps, tensors):
-        driver.describe(at, x, SIZE, 1)
+    _room, maps = driver.described([(x, SIZE, 1) for x in (k_cmp, v_cmp, k_slc, v_slc, *rings)])
     driver.enter(q.device.index)
     if pairs:
         kernel.launch((pairs, 1), SHARED, [*maps, ctypes.addressof(call)], early=True)

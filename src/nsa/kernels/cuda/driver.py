@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nsa.kernels.cuda.nvrtc import Unavailable
 
+T = TypeVar("T")
 MAP_BYTES = 128
 COLUMNS = 64  # that the widest swizzle takes
 MAX_DYNAMIC_SHARED = 8  # a function's attribute
@@ -103,6 +106,26 @@ def load(code: bytes, device: int) -> ctypes.c_void_p:
     module = ctypes.c_void_p()
     check(library().cuModuleLoadData(ctypes.byref(module), code), "loading a module")
     return module
+
+
+def attempt(name: str, load: Callable[[], T], stacklevel: int = 3) -> T | None:
+    """What ``load`` gives; None, after a warning to the caller's caller, where ``name`` can't be compiled or loaded."""
+    try:
+        return load()
+    except (Unavailable, RuntimeError) as reason:
+        warnings.warn(f"{name} takes its slower kernel: {reason}", RuntimeWarning, stacklevel=stacklevel)
+        return None
+
+
+def described(boxes: Sequence[tuple[Tensor, int, int]]) -> tuple[ctypes.Array[ctypes.c_char], list[int]]:
+    """A map of each tensor in boxes of so many rows and heads: the memory that holds them all, and where in it each lies."""
+    # Nobody reads an empty tensor, but none can be described.
+    boxes = [(x if x.numel() else x.new_zeros(1, 1, *x.shape[2:]), rows, heads) for x, rows, heads in boxes]
+    room = ctypes.create_string_buffer(len(boxes) * MAP_BYTES + 63)
+    maps = [(ctypes.addressof(room) + 63 & ~63) + i * MAP_BYTES for i in range(len(boxes))]
+    for at, box in zip(maps, boxes):
+        describe(at, *box)
+    return room, maps
 
 
 def describe(to: int, x: Tensor, rows: int, heads: int) -> None:

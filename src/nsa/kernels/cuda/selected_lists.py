@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,12 +97,7 @@ class Program:
 
     def launch(self, call: Lists, boxes: Sequence[tuple[Tensor, int, int]], device: torch.device) -> None:
         """``call`` filled; ``boxes`` the tensors that are loaded in boxes, with the rows and heads of a box."""
-        # Nobody reads an empty tensor, but none can be described.
-        boxes = [(x if x.numel() else x.new_zeros(1, 1, *x.shape[2:]), rows, heads) for x, rows, heads in boxes]
-        room = ctypes.create_string_buffer(len(boxes) * driver.MAP_BYTES + 63)
-        maps = [(ctypes.addressof(room) + 63 & ~63) + i * driver.MAP_BYTES for i in range(len(boxes))]
-        for at, box in zip(maps, boxes):
-            driver.describe(at, *box)
+        _room, maps = driver.described(boxes)
         driver.enter(device.index)
         self.lists.launch((call.tiles, call.kv_heads), list_shared(call.words), [ctypes.addressof(call)])
         grid = min(call.tiles * call.kv_heads, tuning.multiprocessors(device))
@@ -114,10 +108,10 @@ def load(
     name: str, warps: int, threads: int, shared: int, dtype: torch.dtype, group: int, dim: int, value_dim: int, device: int
 ) -> Program | None:
     """The kernel ``name`` on ``device``, the current one; None, after a warning, where it can't be compiled or loaded."""
-    try:
+
+    def loaded() -> Program:
         module = driver.load(nvrtc.cubin(f"{name}.cu", options(dtype, group, dim, value_dim)), device)
         lists = driver.Kernel(module, "selected_lists", list_threads(warps, group), list_shared(words_of(MOST_KEYS)))
         return Program(lists, driver.Kernel(module, name, threads, shared), shared)
-    except (nvrtc.Unavailable, RuntimeError) as reason:
-        warnings.warn(f"{name} takes its slower kernel: {reason}", RuntimeWarning, stacklevel=3)
-        return None
+
+    return driver.attempt(name, loaded, stacklevel=4)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 
 from torch import Tensor
 
@@ -39,12 +38,12 @@ def program(tile: int, device: int) -> dict[int, driver.Kernel] | None:
     """Its kernels, by the blocks that they rank, for tiles of ``tile`` queries on ``device``, the current one; None, after a
     warning, where they can't be had.
     """
-    try:
+
+    def loaded() -> dict[int, driver.Kernel]:
         module = driver.load(nvrtc.cubin("top_n.cu", options(tile)), device)
         return {width: driver.Kernel(module, f"top_n_{width}", WARPS * 32, 0) for width in WIDTHS}
-    except (nvrtc.Unavailable, RuntimeError) as reason:
-        warnings.warn(f"top_n takes its slower kernel: {reason}", RuntimeWarning, stacklevel=2)
-        return None
+
+    return driver.attempt("top_n", loaded)
 
 
 def top_n(
