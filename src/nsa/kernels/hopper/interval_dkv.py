@@ -90,7 +90,7 @@ def _load(where, shape, descs, shift, delta, stride_lb, stride_lh, buffers, bars
         where, shape, BQ, WINDOWED, PACKED, TABLE)  # fmt: skip
     mbarrier.expect(kv_full.index(0), GROUPS * (pieces(D) * k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(GROUPS):
-        load_pieces(k_desc, batch, k_row + c * ROWS, hk, kv_full.index(0), k_buf, c, D)
+        load_pieces(k_desc, batch, k_row + c * ROWS, hk, kv_full.index(0), k_buf, c, pieces(D))
         load_async(v_desc, [batch, k_row + c * ROWS, hk, 0], kv_full.index(0), v_buf.index(c))
     used = 0
     for g in range(heads):
@@ -104,7 +104,7 @@ def _load(where, shape, descs, shift, delta, stride_lb, stride_lh, buffers, bars
             load_numbers(delta_buf.index(slot), delta + stat + query, mask=query < q_len)
             async_copy.mbarrier_arrive(q_full.index(slot))
             mbarrier.expect(q_full.index(slot), pieces(D) * q_desc.block_type.nbytes)
-            load_pieces(q_desc, batch, q_row + t * BQ, h0 + g, q_full.index(slot), q_buf, slot, D)
+            load_pieces(q_desc, batch, q_row + t * BQ, h0 + g, q_full.index(slot), q_buf, slot, pieces(D))
             mbarrier.expect(g_full.index(slot), g_desc.block_type.nbytes)
             load_async(g_desc, [batch, q_row + t * BQ, h0 + g, 0], g_full.index(slot), g_buf.index(slot))
             used += 1

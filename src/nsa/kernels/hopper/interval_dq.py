@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import tuning
-from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS, load_tile, operands, piece, query_tile, scores, store_tile
+from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS, operands, query_tile, scores, store_tile
 from nsa.kernels.hopper.pipeline import (
     LOG2E,
     barriers,
@@ -29,7 +29,9 @@ from nsa.kernels.hopper.pipeline import (
     first_seen,
     gated,
     load_async,
+    load_pieces,
     phase,
+    pieces,
     pinned,
 )
 from nsa.kernels.triton.sequence import Spans, new_gradient
@@ -57,7 +59,7 @@ def _load(count, where, shape, descs, buffers, bars,
             slot = used % STAGES
             mbarrier.wait(kv_empty.index(slot), phase(used, STAGES) ^ 1)
             mbarrier.expect(kv_full.index(slot), PIECES * k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            load_tile(k_desc, batch, n, hk, kv_full.index(slot), k_buf, slot, PIECES)
+            load_pieces(k_desc, batch, n, hk, kv_full.index(slot), k_buf, slot, PIECES)
             load_async(v_desc, [batch, n, hk, 0], kv_full.index(slot), v_buf.index(slot))
             if not HELD and i == 0:  # the tile before is read from its buffer to the end: keys have room sooner
                 _load_queries(q_desc, g_desc, into, batch, q_row, h, turn, HEADS, PIECES)
@@ -71,7 +73,7 @@ def _load_queries(q_desc, g_desc, into, batch, q_row, h, turn, HEADS: gl.constex
     mbarrier.wait(empty, (turn & 1) ^ 1)
     mbarrier.expect(full, GROUPS * (PIECES * q_desc.block_type.nbytes + g_desc.block_type.nbytes))
     for c in gl.static_range(GROUPS):
-        load_tile(q_desc, batch, q_row + c * (ROWS // HEADS), h, full, q_buf, c, PIECES)
+        load_pieces(q_desc, batch, q_row + c * (ROWS // HEADS), h, full, q_buf, c, PIECES)
         load_async(g_desc, [batch, q_row + c * (ROWS // HEADS), h, 0], full, g_buf.index(c))
 
 
@@ -237,7 +239,7 @@ def interval_dq(
     count = tiles.count * (heads // side)
     if count == 0:
         return dq
-    columns = piece(q.shape[-1])
+    columns = q.shape[-1] // pieces(q.shape[-1])
     box = queries // GROUPS.value, side
     interval_dq_kernel[(min(count, tuning.multiprocessors(q.device)),)](
         boxes(q, *box, columns), boxes(do, *box), boxes(k, tune.block_n, columns=columns), boxes(v, tune.block_n),

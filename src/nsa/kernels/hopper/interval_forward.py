@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa import tuning
-from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS, load_tile, operands, piece, query_tile, scores, store_tile
+from nsa.kernels.hopper.interval_tiles import GROUPS, ROWS, operands, query_tile, scores, store_tile
 from nsa.kernels.hopper.pipeline import (
     LN2,
     LOG2E,
@@ -34,7 +34,9 @@ from nsa.kernels.hopper.pipeline import (
     end_seen,
     first_seen,
     load_async,
+    load_pieces,
     phase,
+    pieces,
     pinned,
 )
 from nsa.kernels.triton.sequence import Spans
@@ -61,7 +63,7 @@ def _load(count, where, shape, descs, buffers, bars,
             slot = used % STAGES
             mbarrier.wait(k_empty.index(slot), phase(used, STAGES) ^ 1)
             mbarrier.expect(k_full.index(slot), PIECES * k_desc.block_type.nbytes)
-            load_tile(k_desc, batch, n, hk, k_full.index(slot), k_buf, slot, PIECES)
+            load_pieces(k_desc, batch, n, hk, k_full.index(slot), k_buf, slot, PIECES)
             if not HELD and i == 0:  # the tile before is read from its buffer to the end: keys have room sooner
                 _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn, HEADS, PIECES, SIDES)
             if i > 0:
@@ -78,7 +80,7 @@ def _load_queries(q_desc, q_buf, q_full, q_empty, batch, q_row, h, turn,
     mbarrier.wait(q_empty.index(side), phase(turn, SIDES) ^ 1)
     mbarrier.expect(q_full.index(side), GROUPS * PIECES * q_desc.block_type.nbytes)
     for c in gl.static_range(GROUPS):
-        load_tile(q_desc, batch, q_row + c * (ROWS // HEADS), h, q_full.index(side), q_buf, side * GROUPS + c, PIECES)
+        load_pieces(q_desc, batch, q_row + c * (ROWS // HEADS), h, q_full.index(side), q_buf, side * GROUPS + c, PIECES)
 
 
 @gluon.jit
@@ -274,7 +276,7 @@ def interval_forward(
         o.zero_()
         lse.fill_(float("-inf"))
     tune = tuning.hopper_interval_forward(window > 0, group)
-    side, columns = tune.heads, piece(dim)
+    side, columns = tune.heads, dim // pieces(dim)
     queries = GROUPS.value * ROWS.value // side
     tiles = spans.query_tiles(queries)
     count = tiles.count * (heads // side)

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
-from nsa.kernels.hopper.pipeline import end_seen, first_seen, load_async, locate, span, store_async
+from nsa.kernels.hopper.pipeline import end_seen, first_seen, locate, span, store_async
 
 ROWS = gl.constexpr(64)  # of a warpgroup
 GROUPS = gl.constexpr(2)  # warpgroups
@@ -50,18 +50,6 @@ def query_tile(number, where, shape, HEADS: gl.constexpr, BN: gl.constexpr, WIND
         mid1,
         high,
     )
-
-
-def piece(dim: int) -> int:
-    """Columns of the pieces that tiles of ``dim`` columns are held in."""
-    return dim if dim & (dim - 1) == 0 else 64
-
-
-@gluon.jit
-def load_tile(desc, batch, row, h, full, buf, tile, PIECES: gl.constexpr):
-    """Start the copies of all its pieces into the buffers of ``tile``."""
-    for c in gl.static_range(PIECES):
-        load_async(desc, [batch, row, h, c * buf.shape[4]], full, buf.index(tile * PIECES + c))
 
 
 @gluon.jit

@@ -51,11 +51,10 @@ def pieces(dim):
 
 
 @gluon.jit
-def load_pieces(desc, batch, row, head, full, buffer, at, D: gl.constexpr):
-    """``D`` columns of the rows from ``row`` on, into the ``at``-th place of ``buffer``."""
-    PIECES: gl.constexpr = pieces(D)
+def load_pieces(desc, batch, row, head, full, buffer, at, PIECES: gl.constexpr):
+    """All columns of the rows from ``row`` on, into the ``at``-th place of ``buffer``."""
     for c in gl.static_range(PIECES):
-        load_async(desc, [batch, row, head, c * (D // PIECES)], full, buffer.index(at * PIECES + c))
+        load_async(desc, [batch, row, head, c * buffer.shape[4]], full, buffer.index(at * PIECES + c))
 
 
 @gluon.jit

@@ -84,7 +84,7 @@ def _load(rows, items, where, rows_q, descs, shift, delta, strides, buffers, bar
     count = stop - start
     if count > 0:
         mbarrier.expect(kv_full.index(0), pieces(D) * k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        load_pieces(k_desc, batch, k_row + first, hk, kv_full.index(0), k_buf, 0, D)
+        load_pieces(k_desc, batch, k_row + first, hk, kv_full.index(0), k_buf, 0, pieces(D))
         load_async(v_desc, [batch, k_row + first, hk, 0], kv_full.index(0), v_buf)
     row = gl.arange(0, ROWS, layout=NUMBERS)
     stat = batch.to(gl.int64) * stride_b + hk * G + row % HEADS
