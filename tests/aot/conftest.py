@@ -23,8 +23,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _marks(device: str, variant: object = None) -> list[pytest.MarkDecorator]:
-    """On a GPU few workers (``--dist loadgroup``) wait for the library, which takes one a minute to build."""
-    where = (
-        [pytest.mark.xdist_group(f"libnsa {variant[0] if isinstance(variant, tuple) else None}")] if device == "cuda" else []
-    )
-    return [DEVICES[device], *where]
+    """Few workers (``--dist loadgroup``) wait for the library, which takes one a minute to build; on the CPU one does."""
+    part = variant[0] if isinstance(variant, tuple) and device == "cuda" else None
+    return [DEVICES[device], pytest.mark.xdist_group(f"libnsa {part}")]

@@ -61,7 +61,7 @@ LONG = """
 import torch, nsa
 torch.manual_seed(0)
 cfg = nsa.NSAConfig(head_dim=64, num_heads=8, num_kv_heads=1)
-T = 16384
+T = 8192
 q = torch.randn(1, T, 8, 64, requires_grad=True)
 k, v = (torch.randn(1, T, 1, 64, requires_grad=True) for _ in range(2))
 gates = torch.rand(1, T, 8, 3, requires_grad=True)
@@ -76,9 +76,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_memory_of_a_long_sequence() -> None:
-    """T = 16,384 with 8 and 1 heads of 64, forward and backward in fp32, the interpreter and torch included."""
+    """T = 8,192 with 8 and 1 heads of 64, forward and backward in fp32, the interpreter and torch included; all scores of one
+    branch would be 2 GiB.
+    """
     env = {**os.environ, "PYTHONPATH": str(Path(nsa.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout) / 2**20
-    assert peak < 3, f"peak of {peak:.2f} GiB"
+    assert peak < 1.5, f"peak of {peak:.2f} GiB"
