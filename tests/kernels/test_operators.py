@@ -20,23 +20,23 @@ CFG = nsa.NSAConfig(
 TOKENS = 40
 
 
-def inputs(device: str, dtype: torch.dtype = torch.float32, tokens: int = TOKENS, kv_heads: int = 2) -> list[Tensor]:
-    """The eight tensors of ``nsa_attention``, of three heads for each of keys and values."""
+def inputs(device: str, dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> list[Tensor]:
+    """The eight tensors of ``nsa_attention``."""
     rng = torch.Generator().manual_seed(0)
     make = lambda rows, heads, dim: torch.randn(1, rows, heads, dim, generator=rng).to(device, dtype).requires_grad_()
     blocks = CFG.num_compressed_blocks(tokens)
-    keys = [make(rows, kv_heads, dim) for rows in (blocks, tokens, tokens) for dim in (16, 24)]
-    gates = torch.rand(1, tokens, 3 * kv_heads, 3, generator=rng).to(device, dtype).requires_grad_()
-    return [make(tokens, 3 * kv_heads, 16), *keys, gates]
+    keys = [make(rows, 2, dim) for rows in (blocks, tokens, tokens) for dim in (16, 24)]
+    gates = torch.rand(1, tokens, 6, 3, generator=rng).to(device, dtype).requires_grad_()
+    return [make(tokens, 6, 16), *keys, gates]
 
 
 def described(layout: str, device: str) -> tuple[list[Tensor], Tensor, tuple[Any, ...]]:
-    """Few tokens and heads, since each check runs an operator many times; a caller's blocks; lengths as operators take them."""
-    tokens, kv_heads = 16, 2 if device == "cuda" else 1
+    """Few tokens, since each check runs an operator many times; a caller's blocks; lengths as the operators take them."""
+    tokens = 16
     offsets = torch.tensor([0, 5, 5, 16], dtype=torch.int32, device=device)
-    indices = torch.randint(-1, 2, (1, tokens, kv_heads, 3), dtype=torch.int32, device=device)
+    indices = torch.randint(-1, 2, (1, tokens, 2, 3), dtype=torch.int32, device=device)
     lengths = (None, None, None, tokens) if layout == "plain" else (offsets, offsets, None, 0)
-    return inputs(device, tokens=tokens, kv_heads=kv_heads), indices, lengths
+    return inputs(device, tokens=tokens), indices, lengths
 
 
 @pytest.mark.parametrize("layout", ["plain", "packed"])
@@ -110,9 +110,8 @@ def test_layer_with_every_compressor(device: str, kind: Any, packed: bool) -> No
     twin = nsa.NativeSparseAttention(20, CFG, compressor=kind, backend="reference").to(device).double()
     twin.load_state_dict(layer.state_dict())
     tokens = 70 if device == "cuda" else 50
-    offsets = (
-        torch.tensor([0, tokens - 40, tokens - 40, tokens - 37, tokens], dtype=torch.int32, device=device) if packed else None
-    )
+    ends = [0, tokens - 40, tokens - 40, tokens - 37, tokens]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device) if packed else None
     x = torch.randn(1, tokens, 20, device=device, requires_grad=True)
     y = x.detach().double().requires_grad_()
     o, want = layer(x, cu_seqlens=offsets), twin(y, cu_seqlens=offsets)
