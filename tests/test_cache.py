@@ -83,6 +83,16 @@ def test_a_cache_goes_with_no_packing() -> None:
         layer(torch.randn(1, 4, 12), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32), cache=layer.make_cache(1, 8))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_layer_tells_a_wrong_batch(batch: int) -> None:
+    """Before anything is made of it: one sequence would be as many, once the cache's positions turn its heads."""
+    layer = nsa.NativeSparseAttention(12, CFG)
+    cache = layer.make_cache(2, 8)
+    with pytest.raises(ValueError, match=rf"x must have shape \[2, T, 12\], got \[{batch}, 4, 12\]"), torch.no_grad():
+        layer(torch.randn(batch, 4, 12), cache=cache)
+    assert cache.lengths == (0, 0)
+
+
 def test_crop_rolls_back_to_different_lengths(stream: Stream) -> None:
     first, cache = Tokens.draw(3, 30), stream.cache(3, 60, max_crop=12)
     stream.feed(cache, first)

@@ -158,11 +158,11 @@ class NativeSparseAttention(nn.Module):
         Returns:
             ``[B, T, C]``.
         """
-        _validate.tensor("x", x, ("B", "T", self.hidden_size))
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None with a cache")
         if cache is not None and not isinstance(cache, NSACache):
             raise TypeError(f"cache must be an nsa.NSACache, got {type(cache).__name__}")
+        _validate.tensor("x", x, ("B" if cache is None else cache.batch_size, "T", self.hidden_size))
         q, k, v = self._project(x, self._positions(x, cu_seqlens, cache))
         gates = self._gates(x, q)
         if cache is None:
